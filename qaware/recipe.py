@@ -1,0 +1,191 @@
+"""A recipe: ordered rules that say which modules get which scheme, and how integers are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from qaware.errors import QawareError
+from qaware.roles import ROLES
+from qaware.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qaware.plan import Plan
+
+ROUNDINGS = ("rtn",)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which modules a scheme is for. Every condition that is given must hold; the first rule wins."""
+
+    scheme: Scheme | None = None
+    """The scheme, or None (``null``, or left out) for modules that stay float."""
+    role: str | None = None
+    """``embedding``, ``attention``, ``feedforward`` or ``head``."""
+    type: str | None = None
+    """Class name of the module, e.g. ``Linear``."""
+    name: str | None = None
+    """Shell-style pattern of the module's name, e.g. ``*.down_proj``."""
+
+    def __post_init__(self) -> None:
+        if self.role is not None and self.role not in ROLES:
+            raise QawareError(f"role: {self.role!r} is not one of {', '.join(ROLES)}")
+        if self.role is None and self.type is None and self.name is None:
+            raise QawareError("rule: give at least one of role, type, name (name: '*' means every module)")
+        for key in ("type", "name"):
+            if not isinstance(getattr(self, key), (str, type(None))):
+                raise QawareError(f"{key}: {getattr(self, key)!r} must be text")
+
+    @property
+    def label(self) -> str:
+        """The conditions, e.g. ``role=embedding``."""
+        given = {"role": self.role, "type": self.type, "name": self.name}
+        return " ".join(f"{k}={v}" for k, v in given.items() if v is not None)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rule:
+        """Build from parsed YAML; unknown keys are errors."""
+        _refuse_unknown("rule", data, cls)
+        scheme = data.get("scheme")
+        if isinstance(scheme, Mapping):
+            _refuse_unknown("scheme", scheme, Scheme)
+            if "bits" not in scheme:
+                raise QawareError(f"scheme: {dict(scheme)!r} has no bits; e.g. {{bits: 8}}")
+            scheme = Scheme(**scheme)
+        elif scheme is not None and not isinstance(scheme, Scheme):
+            raise QawareError(
+                f"scheme: {scheme!r} must be a mapping such as {{bits: 4, group_size: 32}} or null"
+            )
+        return cls(scheme=scheme, **{k: data[k] for k in ("role", "type", "name") if k in data})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` reads back."""
+        given = {"role": self.role, "type": self.type, "name": self.name}
+        rule: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        return {**rule, "scheme": None if self.scheme is None else self.scheme.to_dict()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Named, ordered rules and the rounding method."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    rounding: str = "rtn"
+    """How the integers are chosen: ``rtn`` (round to nearest on the absolute-maximum scale)."""
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.+ -]*", self.name):
+            raise QawareError(f"name: {self.name!r} must be letters, digits, '-', '_', '.' (it names files)")
+        if not self.rules:
+            raise QawareError(f"rules: recipe {self.name!r} has none, so nothing would be quantized")
+        if self.rounding not in ROUNDINGS:
+            raise QawareError(f"rounding: {self.rounding!r} is not one of {', '.join(ROUNDINGS)}")
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the sha256 of what the recipe does (not of its name or description)."""
+        does = {k: v for k, v in self.to_dict().items() if k in ("rules", "rounding")}
+        return hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` reads back; goes into checkpoints and sidecars."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "rounding": self.rounding,
+            "rules": [rule.to_dict() for rule in self.rules],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], name: str = "custom") -> Recipe:
+        """Build from parsed YAML or JSON; unknown keys are errors that suggest the nearest key."""
+        if not isinstance(data, Mapping):
+            raise QawareError(f"recipe: expected a mapping with 'rules', got {type(data).__name__}")
+        _refuse_unknown("recipe", data, cls)
+        rules = data.get("rules") or ()
+        if isinstance(rules, str) or not isinstance(rules, Iterable):
+            raise QawareError(f"rules: {rules!r} must be a list")
+        built = []
+        for i, rule in enumerate(rules):
+            if not isinstance(rule, (Rule, Mapping)):
+                raise QawareError(
+                    f"rules[{i}]: {rule!r} must be a mapping such as {{role: embedding, scheme: ...}}"
+                )
+            built.append(rule if isinstance(rule, Rule) else Rule.from_dict(rule))
+        rest = {k: data[k] for k in ("rounding", "description") if k in data}
+        return cls(name=data.get("name", name), rules=tuple(built), **rest)
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
+        """A recipe from its name, the path of a YAML file, parsed data, or itself.
+
+        Raises:
+            QawareError: unknown name (the nearest ones are suggested), unreadable file, unknown key.
+        """
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, Mapping):
+            return cls.from_dict(source)
+        if not isinstance(source, (str, Path)):
+            raise QawareError(f"recipe: {source!r} must be a name, the path of a YAML file or a mapping")
+        path = Path(source)
+        if path.suffix in (".yaml", ".yml"):
+            return cls.from_dict(read_yaml(path), name=path.stem)
+        if str(source) not in recipe_names():
+            raise QawareError(f"recipe: {source!r} is not known{_suggest(str(source), recipe_names())}")
+        text = resources.files("qaware.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
+        return cls.from_dict(yaml.safe_load(text), name=str(source))
+
+    def prepend(self, *rules: Rule) -> Recipe:
+        """The recipe with ``rules`` in front, where they win over the others."""
+        return dataclasses.replace(self, name=f"{self.name}+", rules=(*rules, *self.rules))
+
+    def match(self, model: nn.Module) -> Plan:
+        """The fate of every parameter of ``model``; see :class:`qaware.plan.Plan`."""
+        from qaware.plan import make_plan
+
+        return make_plan(self, model)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("qaware.recipes")
+    return sorted(f.name[: -len(".yaml")] for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data from a YAML file, loaded safely; a missing or malformed file is a QawareError."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QawareError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise QawareError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from error
+
+
+def _refuse_unknown(what: str, data: Mapping[str, Any], cls: type) -> None:
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in data:
+        if key not in known:
+            raise QawareError(f"{what}: unknown key {key!r}{_suggest(str(key), known)}")
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return (f"; did you mean {near[0]!r}?" if near else ";") + f" known: {', '.join(known)}"

@@ -1,0 +1,89 @@
+"""How one layer is quantized. The only place where bit ranges live; imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from qaware.errors import QawareError
+
+ACTIVATIONS = ("none", "int8-dynamic", "int8-static")
+SCALE_DTYPES = ("float32", "bfloat16", "float16")
+FLOAT16_BITS = 16
+_DEFAULTS = (0, "none", True, "float32")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The quantization of one layer's weight and of the activation that enters it."""
+
+    bits: int
+    """Bits of a weight: 1 to 8 for integers, 16 for float16."""
+    group_size: int = 0
+    """Consecutive weights of a row (2 or more) that share one scale; 0: one scale for each output channel."""
+    activation: str = "none"
+    """``none`` (weight-only), ``int8-dynamic`` (asymmetric, a range for each token, measured at run
+    time) or ``int8-static`` (asymmetric, one calibrated range for the tensor)."""
+    symmetric: bool = True
+    """Whether zero is the integer 0. Asymmetric weights carry a zero point for each scale."""
+    scale_dtype: str = "float32"
+    """The precision that scales are rounded to, in training as in the artifact. ``bfloat16`` is what
+    XNNPACK stores for groups and, above 2**-17, is exact in tract's float16 too."""
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.bits) or not (1 <= self.bits <= 8 or self.bits == FLOAT16_BITS):
+            raise QawareError(f"bits: {self.bits!r} is not a weight width; use 1 to 8, or 16 for float16")
+        if not _is_int(self.group_size) or self.group_size < 0 or self.group_size == 1:
+            raise QawareError(f"group_size: {self.group_size!r} must be 0 (one scale per channel), 2 or more")
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        if not isinstance(self.symmetric, bool):
+            raise QawareError(f"symmetric: {self.symmetric!r} must be true or false")
+        if (
+            self.is_float
+            and (self.group_size, self.activation, self.symmetric, self.scale_dtype) != _DEFAULTS
+        ):
+            raise QawareError("bits: 16 is float16, which has no group_size, activation, zero point or scale")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the weight is stored as float16 rather than as integers."""
+        return self.bits == FLOAT16_BITS
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Smallest and largest integer that a weight may take, e.g. (-8, 7) for 4 bits."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    @property
+    def weight(self) -> Scheme:
+        """This scheme without its activation part: two layers with equal ones can share integers."""
+        return dataclasses.replace(self, activation="none")
+
+    @property
+    def label(self) -> str:
+        """Short form for tables, e.g. ``int4 g32 + int8-dynamic``."""
+        if self.is_float:
+            return "float16"
+        grid = f"int{self.bits} " + (f"g{self.group_size}" if self.group_size else "channel")
+        grid += "" if self.symmetric else " asym"
+        return grid if self.activation == "none" else f"{grid} + {self.activation}"
+
+    def block(self, width: int) -> int:
+        """Weights that share one scale in a row of ``width`` weights."""
+        return self.group_size or width
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, ``bits`` always."""
+        fields = dataclasses.fields(self)
+        return {f.name: v for f in fields if (v := getattr(self, f.name)) != f.default}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _one_of(key: str, value: object, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise QawareError(f"{key}: {value!r} is not one of {', '.join(legal)}")
