@@ -1,0 +1,1 @@
+"""The machinery that prepares and converts a model. Today: ``modules``, on torchao."""

@@ -1,0 +1,156 @@
+"""Fake-quantizers: what the forward pass of a prepared layer computes.
+
+Weights and dynamic activations use torchao's ``IntxFakeQuantizer``, each with a correction. Two small
+ones are added beside it because torchao has none: float16 storage, and a static range that is
+calibrated by an observer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.granularity import PerAxis, PerGroup, PerToken
+from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    choose_qparams_affine,
+    choose_qparams_affine_with_min_max,
+)
+
+from qaware.errors import QawareError
+from qaware.observers import MinMaxObserver
+from qaware.scheme import Scheme
+
+INT8 = (-128, 127)
+# The reciprocal of a smaller scale is infinite in float16, and makes NaN of a row of zeros.
+_SMALLEST_FLOAT16 = 2.0**-15
+
+
+class WeightFakeQuantizer(IntxFakeQuantizer):
+    """Integer fake-quantization of a weight (rows, width).
+
+    The ranges are chosen here: torchao's fake-quantizer takes the zero point of an asymmetric weight
+    from the float domain of another kernel (tinygemm), where it rounds to 0 or overflows an int8.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        granularity = PerGroup(scheme.group_size) if scheme.group_size else PerAxis(0)
+        precision = getattr(torch, scheme.scale_dtype)
+        super().__init__(
+            IntxFakeQuantizeConfig(
+                integer_dtype(scheme),
+                granularity,
+                is_symmetric=scheme.symmetric,
+                scale_precision=precision,
+                is_dynamic=False,
+                eps=_SMALLEST_FLOAT16 if precision == torch.float16 else None,
+            )
+        )
+        self.scheme = scheme
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as ``x``."""
+        if self.enabled:
+            self.scale, self.zero_point = self._qparams(x)
+        rounded: Tensor = super().forward(x)
+        return rounded
+
+    def _qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point (int32), each (rows, width / block)."""
+        config = self.config
+        block = (1, self.scheme.block(x.shape[1]))
+        scale, zero_point = choose_qparams_affine(
+            x, config.mapping_type, block, torch.int8, *self.scheme.range, config.eps, config.scale_precision
+        )
+        return scale.reshape(len(x), -1), zero_point.reshape(len(x), -1)
+
+
+class TokenFakeQuantizer(IntxFakeQuantizer):
+    """int8 asymmetric fake-quantization of an activation with a range for each token."""
+
+    def __init__(self) -> None:
+        super().__init__(IntxFakeQuantizeConfig(torch.int8, PerToken(), is_symmetric=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as ``x``."""
+        # The scales of torchao's integer layer have the precision of its input; these must have it too.
+        self.config.scale_precision = x.dtype
+        rounded: Tensor = super().forward(x)
+        return rounded
+
+
+class Float16FakeQuantizer(nn.Module):
+    """Rounds to float16 and back; the gradient passes through (straight-through estimator)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as ``x``."""
+        if not self.enabled:
+            return x
+        return x + (x.detach().half().to(x.dtype) - x.detach())
+
+
+class StaticFakeQuantizer(nn.Module):
+    """int8 asymmetric fake-quantization of an activation with one range, kept by an observer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+        self.observer = MinMaxObserver()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as ``x``; unchanged until a range was observed."""
+        self.observer(x)
+        if not self.enabled or not self.observer.seen:
+            return x
+        scale, zero_point = self.qparams()
+        # The product runs in float32, as the converted layer's does, whatever autocast is around it.
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, *INT8).to(x.dtype)
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32 scalar) and zero point (int32 scalar) of the observed range.
+
+        Raises:
+            QawareError: nothing finite was observed yet.
+        """
+        if not self.observer.seen:
+            raise QawareError(
+                "int8-static: no finite activation was observed; "
+                "calibrate (PTQ) or train (QAT) before converting"
+            )
+        low, high = self.observer.range()
+        scale, zero_point = choose_qparams_affine_with_min_max(
+            low, high, MappingType.ASYMMETRIC, (), torch.int8, *INT8, zero_point_dtype=torch.int32
+        )
+        return scale, zero_point
+
+
+def weight_fake_quantizer(scheme: Scheme) -> nn.Module:
+    """The fake-quantizer of a weight (rows, width)."""
+    if scheme.is_float:
+        return Float16FakeQuantizer()
+    return WeightFakeQuantizer(scheme)
+
+
+def activation_fake_quantizer(scheme: Scheme) -> nn.Module | None:
+    """The fake-quantizer of the activation that enters a layer, or None."""
+    if scheme.activation == "int8-dynamic":
+        return TokenFakeQuantizer()
+    return StaticFakeQuantizer() if scheme.activation == "int8-static" else None
+
+
+def integer_dtype(scheme: Scheme) -> torch.dtype:
+    """torch.int1 to torch.int8: the name of the range, not the storage."""
+    dtype: torch.dtype = getattr(torch, f"int{scheme.bits}")
+    return dtype
+
+
+def set_fake_quant(model: nn.Module, enabled: bool) -> None:
+    """Switch every fake-quantizer of a prepared model; off means the float computation."""
+    for module in model.modules():
+        if isinstance(module, (IntxFakeQuantizer, Float16FakeQuantizer, StaticFakeQuantizer)):
+            module.enabled = enabled

@@ -1,0 +1,221 @@
+"""The ``modules`` engine: torchao's fake-quantized layers and integer tensors, by class swap.
+
+``torchao.quantize_`` replaces modules; that drops forward hooks, splits shared modules and leaves
+pruning or averaging callbacks holding orphans. Here the class of the module changes and the object
+stays, so names, hooks, sharing and ties survive. torchao's own fake-quantizers and tensors do the
+arithmetic, in training and after conversion, which is why both agree exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
+
+from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
+from qaware.engines.fake_quant import (
+    INT8,
+    StaticFakeQuantizer,
+    activation_fake_quantizer,
+    integer_dtype,
+    set_fake_quant,
+    weight_fake_quantizer,
+)
+from qaware.errors import QawareError
+from qaware.plan import Decision, Plan
+from qaware.scheme import Scheme
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Float16Linear(nn.Linear):
+    """A linear layer whose weight is stored in float16 and multiplied in the input's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), dtype of ``input``."""
+        return F.linear(input, self.weight.to(input.dtype), self.bias)
+
+
+class Float16Embedding(nn.Embedding):
+    """An embedding whose table is stored in float16 and returned in the dtype that it was trained in."""
+
+    dtype: torch.dtype = torch.float32
+
+    def forward(self, input: Tensor) -> Tensor:
+        """int64 (...) to (..., embedding_dim)."""
+        return super().forward(input).to(self.dtype)
+
+
+class StaticLinear(nn.Linear):
+    """A linear layer whose input is rounded to int8 with a calibrated range."""
+
+    scale: float
+    zero_point: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        rounded = torch.fake_quantize_per_tensor_affine(input.float(), self.scale, self.zero_point, *INT8)
+        return F.linear(rounded.to(input.dtype), self.weight, self.bias)
+
+
+class ModulesEngine:
+    """Prepare and convert ``nn.Linear`` and ``nn.Embedding`` with torchao."""
+
+    name = "modules"
+
+    def prepare(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """Turn the planned layers into fake-quantized ones, in place.
+
+        Raises:
+            QawareError: a layer cannot hold its scheme, nothing is quantized, or a weight's dtype
+                has no fake-quantizer (float64).
+        """
+        plan.require_possible()
+        modules = dict(model.named_modules())
+        for name in plan.quantized:
+            _refuse_dtype(name, modules[name])
+        for name, decision in plan.quantized.items():
+            _prepare_layer(modules[name], decision)
+        _leave_fast_path(model)
+        return model
+
+    def convert(self, model: nn.Module, plan: Plan) -> QuantizedModel:
+        """Turn the fake-quantized layers into integer ones, in place, in evaluation mode.
+
+        Raises:
+            QawareError: a planned layer is not prepared, or a static range was never observed.
+        """
+        modules = dict(model.named_modules())
+        for name in plan.quantized:
+            if not hasattr(modules.get(name), "weight_fake_quantizer"):
+                raise QawareError(
+                    f"{name}: is not prepared; call prepare() with the same recipe before convert()"
+                )
+        result = QuantizedModel(model.eval(), plan, weights={})
+        set_fake_quant(model, True)
+        shared: dict[tuple[int, Scheme], QuantizedWeight] = {}
+        for name, decision in plan.quantized.items():
+            _convert_layer(name, modules[name], decision, result, shared)
+        return result
+
+
+def _refuse_dtype(name: str, module: Any) -> None:
+    dtype = module.weight.dtype
+    if dtype not in _DTYPES:
+        raise QawareError(f"{name}: weight is {dtype}; quantization needs float32, bfloat16 or float16")
+
+
+def _prepare_layer(module: Any, decision: Decision) -> None:
+    scheme = decision.scheme
+    assert scheme is not None
+    training = module.training
+    if decision.type == "Linear":
+        module.__class__ = FakeQuantizedLinear
+        module.activation_fake_quantizer = activation_fake_quantizer(scheme)
+    else:
+        module.__class__ = FakeQuantizedEmbedding
+    module.weight_fake_quantizer = weight_fake_quantizer(scheme)
+    module.train(training).to(module.weight.device)
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """PyTorch's fused encoder layer takes its linear layers' weights past their fake-quantizers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+
+
+def _convert_layer(
+    name: str,
+    module: Any,
+    decision: Decision,
+    result: QuantizedModel,
+    shared: dict[tuple[int, Scheme], QuantizedWeight],
+) -> None:
+    scheme = decision.scheme
+    assert scheme is not None
+    key = (module.weight.data_ptr(), scheme.weight)
+    if key not in shared:
+        shared[key] = _quantize(module, scheme.weight)
+    weight = shared[key]
+    result.weights[name] = weight
+    activation = getattr(module, "activation_fake_quantizer", None)
+    del module.weight_fake_quantizer
+    if hasattr(module, "activation_fake_quantizer"):
+        del module.activation_fake_quantizer
+    _become_integer(module, decision, weight)
+    if isinstance(activation, StaticFakeQuantizer):
+        module.__class__ = StaticLinear
+        result.activations[name] = _range(name, activation)
+        module.scale, module.zero_point = result.activations[name].scale, result.activations[name].zero_point
+
+
+def _range(name: str, activation: StaticFakeQuantizer) -> ActivationRange:
+    try:
+        scale, zero_point = activation.qparams()
+    except QawareError as error:
+        raise QawareError(f"{name}: {error}") from error
+    return ActivationRange(float(scale), int(zero_point))
+
+
+@torch.no_grad()
+def _quantize(module: Any, scheme: Scheme) -> QuantizedWeight:
+    """The integers that the fake-quantizer's own scales give; torchao does both roundings."""
+    quantizer = module.weight_fake_quantizer
+    weight = module.weight.detach()
+    if scheme.is_float:
+        return QuantizedWeight(weight.half(), None, None, scheme)
+    quantizer(weight)
+    blocks = (weight.shape[0], -1)
+    # Rounded with the scale in the precision of training: torchao divides by a bfloat16 scale in
+    # bfloat16, and a float32 division would choose another integer now and then.
+    scale = quantizer.scale.detach().reshape(blocks)
+    zero_point = quantizer.zero_point.detach().to(torch.int8).reshape(blocks)
+    integers = IntxUnpackedToInt8Tensor.from_hp(
+        weight,
+        (1, scheme.block(weight.shape[1])),
+        integer_dtype(scheme),
+        intx_choose_qparams_algorithm=None,
+        custom_scale=scale,
+        custom_zero_point=zero_point,
+    )
+    return QuantizedWeight(integers.qdata, scale.float(), None if scheme.symmetric else zero_point, scheme)
+
+
+def _become_integer(module: Any, decision: Decision, weight: QuantizedWeight) -> None:
+    linear = decision.type == "Linear"
+    if weight.scheme.is_float:
+        module.__class__ = Float16Linear if linear else Float16Embedding
+        if not linear:
+            module.dtype = module.weight.dtype
+        module.weight = nn.Parameter(weight.data, requires_grad=False)
+    else:
+        module.__class__ = nn.Linear if linear else nn.Embedding
+        module.weight = nn.Parameter(
+            _integer_tensor(decision, weight, module.weight.dtype), requires_grad=False
+        )
+    if linear and module.bias is not None:
+        module.bias.requires_grad_(False)
+
+
+def _integer_tensor(decision: Decision, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    assert decision.scheme is not None
+    assert weight.scale is not None
+    zero_point = weight.zero_point
+    dynamic = decision.scheme.activation == "int8-dynamic"
+    tensor: Tensor = IntxUnpackedToInt8Tensor(
+        weight.data,
+        weight.scale,
+        torch.zeros_like(weight.scale, dtype=torch.int8) if zero_point is None else zero_point,
+        integer_dtype(weight.scheme),
+        (1, weight.scheme.block(weight.data.shape[1])),
+        dtype,
+        "int8_asym_per_token" if dynamic else None,
+    )
+    return tensor

@@ -1,0 +1,57 @@
+"""The smallest and largest value that an activation took."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class MinMaxObserver(nn.Module):
+    """Running minimum and maximum of a tensor, exact for any order and number of ranks.
+
+    The buffers have their final shape from the start, so that checkpoints, averaging and broadcasting
+    see them. ``observing`` is a plain attribute: averaging callbacks swap buffers, and a flag must not
+    be swapped with them.
+    """
+
+    reduction: ClassVar[dict[str, str]] = {"min_val": "min", "max_val": "max"}
+    """How each statistic is combined over ranks."""
+
+    min_val: Tensor
+    max_val: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observing = False
+        self.register_buffer("min_val", torch.tensor(math.inf))
+        self.register_buffer("max_val", torch.tensor(-math.inf))
+
+    @property
+    def seen(self) -> bool:
+        """Whether any value was observed."""
+        return bool(self.min_val <= self.max_val)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> None:
+        """Take ``x`` (any shape, any float dtype) into the statistics when ``observing``.
+
+        The recomputation of activation checkpointing runs inside backward; it must not count twice. A
+        batch that overflowed is passed over: mixed precision skips its step too, and an infinite range
+        would stay.
+        """
+        if self.observing and x.numel() and not _in_backward():
+            low, high = torch.aminmax(x.detach().float())
+            finite = (high - low).isfinite()
+            self.min_val.copy_(torch.where(finite, torch.minimum(self.min_val, low), self.min_val))
+            self.max_val.copy_(torch.where(finite, torch.maximum(self.max_val, high), self.max_val))
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum, float32 scalars."""
+        return self.min_val, self.max_val
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
