@@ -1,0 +1,146 @@
+"""What every exporter is: it refuses what its runtime cannot hold, writes a file, and loads it."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from qaware.engines.base import QuantizedModel
+from qaware.errors import QawareError
+from qaware.exporters.artifact import Artifact
+from qaware.exporters.signature import Signature
+from qaware.files import atomic, sha256
+from qaware.plan import Decision, Plan
+
+Runner = Callable[..., Tensor]
+"""An artifact on its runtime: positional tensors in, one float32 tensor out."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a runtime may be from the converted model before the run fails."""
+
+    relative: float
+    """Mean absolute difference over the standard deviation of the reference output."""
+    kl: float
+    """Mean KL(converted || runtime) over the last axis, in nats."""
+    reason: str
+    """Where the difference comes from."""
+
+
+class Exporter(abc.ABC):
+    """One runtime. Subclasses live in one file each and import their runtime's package only inside it."""
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    """Of the file, with the dot."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Import names that must be installed."""
+    extra: ClassVar[str] = ""
+    """The extra of qaware that installs them; empty for a plugin."""
+    tolerance: ClassVar[Tolerance]
+
+    def missing(self) -> str | None:
+        """Why this runtime cannot be used here, with the command that installs it; None when it can."""
+        for package in self.packages:
+            if not _installed(package):
+                what = f"'qaware[{self.extra}]'" if self.extra else package.partition(".")[0]
+                return f"{self.name}: package {package!r} is not installed; pip install {what}"
+        return None
+
+    @abc.abstractmethod
+    def refuse(self, decision: Decision) -> str | None:
+        """Why this runtime cannot hold one layer as planned (``decision.scheme``), or None."""
+
+    def refuse_plan(self, plan: Plan) -> str | None:
+        """Why this runtime cannot hold the plan as a whole, or None."""
+        return None
+
+    @abc.abstractmethod
+    def write(
+        self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
+    ) -> None:
+        """Lower ``quantized`` (a deep copy, free to change) and write the file to ``path``."""
+
+    @abc.abstractmethod
+    def open(self, path: Path, signature: Signature) -> Runner:
+        """Load a file in this process. Inputs are validated by the caller."""
+
+    def tolerance_for(self, plan: Plan) -> Tolerance:
+        """The tolerance for ``plan``; a runtime that rounds no activation can be held to a tighter one."""
+        return self.tolerance
+
+    def notes(self, plan: Plan) -> tuple[str, ...]:
+        """What this runtime does otherwise with ``plan`` than the converted model, for the report."""
+        return ()
+
+    def reference(self, quantized: QuantizedModel) -> nn.Module:
+        """What the artifact is compared with: the converted model, unless the runtime differs by design."""
+        return quantized.module
+
+    def export(
+        self,
+        quantized: QuantizedModel,
+        example: tuple[Tensor, ...],
+        signature: Signature,
+        path: Path,
+        metadata: dict[str, Any] | None = None,
+    ) -> Artifact:
+        """Write the artifact and its sidecar, atomically; ``quantized`` is not changed.
+
+        Args:
+            quantized: the converted model.
+            example: one tensor for each input of ``signature``.
+            path: where to; the suffix is the exporter's own.
+            metadata: kept in the sidecar.
+
+        Raises:
+            QawareError: the package is missing, the disk is full, or the runtime's tools refuse the
+                model (their message is carried over).
+        """
+        if problem := self.missing():
+            raise QawareError(problem)
+        signature.validate(example)
+        work = copy.deepcopy(quantized)
+        with atomic(path) as temporary:
+            try:
+                self.write(work, example, signature, temporary)
+            except (QawareError, OSError):
+                raise
+            except Exception as error:
+                raise QawareError(f"{self.name}: export failed: {first_line(error)}") from error
+        recipe = {**quantized.plan.recipe.to_dict(), "hash": quantized.plan.recipe.hash}
+        layers = {n: d.scheme.label for n, d in quantized.plan.quantized.items() if d.scheme}
+        artifact = Artifact(
+            path=path,
+            runtime=self.name,
+            signature=signature,
+            recipe=recipe,
+            layers=layers,
+            sha256=sha256(path),
+            bytes=path.stat().st_size,
+            notes=self.notes(quantized.plan),
+            metadata=metadata or {},
+        )
+        artifact.save()
+        return artifact
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that a dotted name is in
+        return False
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first non-empty line of an error: what fits in one line of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

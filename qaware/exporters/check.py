@@ -1,0 +1,118 @@
+"""Find, before anything expensive starts, what a runtime cannot hold, and the nearest choice that all can."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from qaware.errors import QawareError
+from qaware.exporters.base import Exporter
+from qaware.plan import Decision, Plan, indivisible, nearest_groups
+from qaware.recipe import Recipe, recipe_names
+from qaware.scheme import FLOAT16_BITS, Scheme
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that cannot work, with the way out."""
+
+    layer: str
+    """Module name; empty when the whole model or the machine is meant."""
+    message: str
+    nearest: Scheme | None = None
+    """The nearest scheme that every named runtime can hold."""
+
+    def __str__(self) -> str:
+        return self.text(self.layer, self.layer)
+
+    def text(self, where: str, pattern: str) -> str:
+        """One line about ``where``, with the rule that ends the problem for the layers of ``pattern``."""
+        head = f"{where}: {self.message}" if where else self.message
+        if self.nearest is None:
+            return head
+        fields = ", ".join(f"{k}: {v}" for k, v in self.nearest.to_dict().items())
+        rule = f"{{name: {pattern!r}, scheme: {{{fields}}}}}"
+        return f"{head}; nearest legal: {self.nearest.label}, by the first rule {rule}"
+
+
+def check(plan: Plan, exporters: Sequence[Exporter]) -> list[Problem]:
+    """Everything that keeps ``plan`` from running on ``exporters``; empty when nothing does."""
+    problems = [Problem("", message) for e in exporters if (message := e.missing())]
+    problems += [Problem("", message) for e in exporters if (message := e.refuse_plan(plan))]
+    for decision in plan.decisions:
+        if decision.scheme is not None and (why := _refusal(decision, exporters)):
+            problems.append(Problem(decision.module, why, _nearest(decision, exporters)))
+    return problems
+
+
+def require_legal(plan: Plan, exporters: Sequence[Exporter]) -> None:
+    """Raise one error for all problems.
+
+    Raises:
+        QawareError: one line that names each layer, the value and the nearest legal choice.
+    """
+    if problems := check(plan, exporters):
+        texts = " | ".join(_merged(problems))
+        raise QawareError(f"recipe {plan.recipe.name!r}: {texts}{_other_recipes(plan, exporters)}")
+    plan.require_possible()
+
+
+def _merged(problems: Sequence[Problem]) -> list[str]:
+    """One text for the layers that differ only in their block's number, with a pattern for all of them."""
+    groups: dict[tuple[str, str, Scheme | None], list[Problem]] = {}
+    for problem in problems:
+        pattern = re.sub(r"\.\d+(?=\.)", ".*", problem.layer)
+        groups.setdefault((pattern, problem.message, problem.nearest), []).append(problem)
+    return [
+        str(same[0]) if len(same) == 1 else same[0].text(f"{same[0].layer} and {len(same) - 1} more", pattern)
+        for (pattern, _, _), same in groups.items()
+    ]
+
+
+def _other_recipes(plan: Plan, exporters: Sequence[Exporter]) -> str:
+    """The named recipes that every exporter can hold as they are."""
+    legal = [name for name in recipe_names() if not check(plan.under(Recipe.load(name)), exporters)]
+    return f"; legal as they are: {', '.join(legal)}" if legal else ""
+
+
+def _refusal(decision: Decision, exporters: Sequence[Exporter]) -> str | None:
+    scheme = decision.scheme
+    assert scheme is not None
+    if why := indivisible(scheme, decision.width):
+        return why
+    for exporter in exporters:
+        if why := exporter.refuse(decision):
+            return f"{exporter.name}: {why}"
+    return None
+
+
+def _nearest(decision: Decision, exporters: Sequence[Exporter]) -> Scheme | None:
+    """The first candidate that no exporter refuses."""
+    for scheme in _candidates(decision):
+        if _refusal(dataclasses.replace(decision, scheme=scheme), exporters) is None:
+            return scheme
+    return None
+
+
+def _candidates(decision: Decision) -> Iterator[Scheme]:
+    """Nearest first: other groups, scale precision, symmetry, activation, then more bits, then float16."""
+    wanted = decision.scheme
+    assert wanted is not None
+    if wanted.is_float:
+        yield Scheme(8)
+        return
+    groups = nearest_groups(decision.width, wanted.group_size or decision.width)
+    groups = [*groups, 0] if wanted.group_size else [0, *groups]
+    activations = ["none"] if decision.type == "Embedding" else [wanted.activation, "int8-dynamic", "none"]
+    for bits, activation, symmetric, dtype, group in itertools.product(
+        range(wanted.bits, 9),
+        dict.fromkeys(activations),
+        dict.fromkeys((wanted.symmetric, True)),
+        dict.fromkeys((wanted.scale_dtype, "bfloat16", "float32")),
+        groups,
+    ):
+        yield Scheme(bits, group, activation, symmetric, dtype)
+    yield Scheme(FLOAT16_BITS)

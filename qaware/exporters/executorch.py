@@ -1,0 +1,231 @@
+"""ExecuTorch: a ``.pte`` file whose layers run on XNNPACK (arm64 and x86-64 CPUs).
+
+The limits below were tried on executorch 1.5.1 (XNNPACK partitioner, x86-64). Two of them are the
+reason why every artifact must be compared with the converted model: a weight-only linear layer
+loses its scales, and an asymmetric one its zero points, without an error or a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qaware.engines.base import QuantizedModel
+from qaware.engines.modules import Float16Embedding, Float16Linear
+from qaware.exporters.base import Exporter, Runner, Tolerance
+from qaware.exporters.executorch_errors import explained
+from qaware.exporters.signature import Signature
+from qaware.plan import Decision, Plan
+from qaware.scheme import Scheme
+
+_BLOCK = 32
+"""XNNPACK's int4 kernels read groups in multiples of this (``_check_per_channel_group_params``)."""
+_EMBEDDING_BITS = (2, 4, 8)
+"""Kernels ``quantized_decomposed::embedding_{2bit,4bit,byte}`` of the runtime."""
+
+
+class ExecuTorchExporter(Exporter):
+    """Lowers to ExecuTorch's XNNPACK backend and runs on the runtime inside its wheel."""
+
+    name = "executorch"
+    suffix = ".pte"
+    packages = ("executorch",)
+    extra = "executorch"
+    # Dropping the scales of a single layer costs 0.10 at least, half or double ones 0.03 to 0.8.
+    tolerance = Tolerance(
+        relative=0.05,
+        kl=5e-3,
+        reason=(
+            "an activation between two int8 steps may be rounded to the other one, which grows with depth: "
+            "0.008 and 1.2e-3 nats in 5 trained layers, 0.046 in 24 random ones; float16 layers: 0.003"
+        ),
+    )
+
+    def notes(self, plan: Plan) -> tuple[str, ...]:
+        """Float16 arithmetic, and what is stored twice."""
+        chosen = []
+        if any(d.scheme and d.scheme.is_float for d in plan.quantized.values()):
+            chosen.append("float16 linear layers multiply float16 activations; between layers it is float32")
+        if any(d.tied_to for d in plan.quantized.values()):
+            chosen.append("an embedding and a head that share a weight are stored twice")
+        return tuple(chosen)
+
+    def refuse(self, decision: Decision) -> str | None:
+        """Why XNNPACK, or ExecuTorch's embedding kernels, cannot hold one layer as planned."""
+        scheme = decision.scheme
+        if scheme is None or scheme.is_float:
+            return None
+        if decision.type == "Embedding":
+            return _refuse_embedding(scheme, decision.width)
+        return _refuse_activation(scheme) or _refuse_weight(scheme, decision.width)
+
+    def write(
+        self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
+    ) -> None:
+        """Export with the dynamic axes of ``signature``, lower to XNNPACK and write ``path``."""
+        module = signature.wrap(_adapt(_widen(quantized.module))).eval().requires_grad_(False).cpu()
+        inputs = tuple(t.cpu() for t in _at_least_two(example, signature))
+        with _bare_root_logger():
+            from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+
+            program = torch.export.export(module, inputs, dynamic_shapes=_dynamic_shapes(signature))
+            edge = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
+            # The flag fuses quantized embeddings, which have no kernel otherwise.
+            lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
+        with path.open("wb") as file:
+            lowered.write_to_file(file)
+
+    def reference(self, quantized: QuantizedModel) -> nn.Module:
+        """The converted model; of a bfloat16 one the same integers in float32."""
+        floats = [*quantized.module.parameters(), *quantized.module.buffers()]
+        if all(t.dtype != torch.bfloat16 for t in floats):
+            return quantized.module
+        return _widen(copy.deepcopy(quantized.module))
+
+    def open(self, path: Path, signature: Signature) -> Runner:
+        """Load ``path``.
+
+        Returns:
+            A callable: tensors as in ``signature`` to a float32 tensor of its own.
+
+        Raises:
+            QawareError: on loading and on each call, with the runtime's error code in words.
+        """
+        with explained(f"{path.name}: cannot be loaded"):
+            import executorch.kernels.quantized  # noqa: F401  registers the kernels of quantized embeddings
+            from executorch.runtime import Runtime
+
+            # By path: the file is mapped, while bytes would be held twice.
+            program = Runtime.get().load_program(path)
+            program.load_method("forward")
+
+        def run(*tensors: Tensor) -> Tensor:
+            with explained(f"{path.name}: cannot run"):
+                # The program keeps the method that it loaded, and this closure the program.
+                method = program.load_method("forward")
+                output: Tensor = method.execute([t.detach().cpu().contiguous() for t in tensors])[0]
+            return output.float()
+
+        return run
+
+
+def _refuse_embedding(scheme: Scheme, width: int) -> str | None:
+    """``width`` is embedding_dim. Any group and zero points are held; scales are stored in float32."""
+    if scheme.bits not in _EMBEDDING_BITS:
+        return f"int{scheme.bits} embeddings have no kernel; 2, 4 and 8 bits have one"
+    share = 8 // scheme.bits
+    if width % share:
+        return f"int{scheme.bits} embeddings put {share} weights in a byte, which does not divide {width}"
+    return None
+
+
+def _refuse_activation(scheme: Scheme) -> str | None:
+    if scheme.activation == "int8-static":
+        return "int8-static activations need quantized operators around the layer (a later release)"
+    if scheme.activation == "none":
+        return f"weight-only int{scheme.bits} linear layers lose their scales on XNNPACK, silently"
+    return None
+
+
+def _refuse_weight(scheme: Scheme, width: int) -> str | None:
+    """Of a linear layer with dynamic activations; ``width`` is in_features."""
+    block = scheme.block(width)
+    if scheme.bits not in (4, 8):
+        return f"int{scheme.bits} linear layers have no kernel on XNNPACK; 4 and 8 bits have one"
+    if not scheme.symmetric:
+        return "asymmetric weights of linear layers lose their zero points on XNNPACK, silently"
+    if scheme.bits == 8 and scheme.group_size:
+        return "int8 linear layers have one scale per channel on XNNPACK, no groups"
+    if scheme.bits == 4 and block % _BLOCK:
+        return f"int4 linear layers need groups that are a multiple of {_BLOCK} on XNNPACK, not {block}"
+    if scheme.bits == 4 and scheme.scale_dtype != "bfloat16":
+        return (
+            f"XNNPACK stores int4 scales as bfloat16, which would change {scheme.scale_dtype} ones silently"
+        )
+    return None
+
+
+class _HalfLinear(Float16Linear):
+    """Multiplies in float16. A weight upcast in the graph would be folded to float32 in the file or, kept
+    from that, go to a portable kernel that takes seconds where XNNPACK takes milliseconds."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), dtype of ``input``; the bias keeps its own."""
+        product = F.linear(input.half(), self.weight).to(input.dtype)
+        return product if self.bias is None else product + self.bias
+
+
+def _adapt(module: nn.Module) -> nn.Module:
+    """Give layers the form that the partitioner and the fusion of embeddings recognize, in place."""
+    for part in module.modules():
+        if isinstance(part, Float16Linear):
+            part.__class__ = _HalfLinear
+        elif isinstance(part, nn.Embedding):
+            # Only gradients depend on these, and the fusion looks for a call without them.
+            part.padding_idx, part.scale_grad_by_freq, part.sparse = None, False, False
+    return module
+
+
+def _widen(module: nn.Module) -> nn.Module:
+    """bfloat16 to float32, in place: XNNPACK has no bfloat16 layers with int8 activations, and 1.4 none."""
+    for part in module.modules():
+        if isinstance(part, Float16Embedding) and part.dtype == torch.bfloat16:
+            part.dtype = torch.float32
+        for name, weight in list(part.named_parameters(recurse=False)):
+            if weight.dtype == torch.bfloat16:
+                setattr(part, name, nn.Parameter(weight.detach().to(torch.float32), requires_grad=False))
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            if buffer.dtype == torch.bfloat16:
+                setattr(part, name, buffer.float())
+    return module
+
+
+def _partitioner() -> Any:
+    """XNNPACK without unsqueeze: its serializer raises for two dynamic axes, which its check lets pass."""
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    keep = [c for c in ALL_PARTITIONER_CONFIGS if c.target_name != "unsqueeze_copy.default"]
+    return XnnpackPartitioner(configs=keep)
+
+
+def _dynamic_shapes(signature: Signature) -> tuple[tuple[dict[int, Any], ...]]:
+    """One mapping an input, inside the tuple that stands for ``*tensors``."""
+    dims = {
+        name: torch.export.Dim(name, min=low, max=high)
+        for name, (low, high) in signature.symbols.items()
+        if low < high
+    }
+    return (
+        tuple({i: dims[size] for i, size in enumerate(s.shape) if size in dims} for s in signature.inputs),
+    )
+
+
+def _at_least_two(example: tuple[Tensor, ...], signature: Signature) -> tuple[Tensor, ...]:
+    """``example`` with dynamic axes of size 1 made 2: torch.export takes a 1 for a constant."""
+    wide = []
+    for tensor, spec in zip(example, signature.inputs, strict=True):
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str) and tensor.shape[axis] == 1 < signature.symbols[size][1]:
+                tensor = tensor.repeat_interleave(2, axis)
+        wide.append(tensor)
+    return tuple(wide)
+
+
+@contextlib.contextmanager
+def _bare_root_logger() -> Iterator[None]:
+    """ExecuTorch's logging gives a root logger without handlers one for good; prevent it."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)

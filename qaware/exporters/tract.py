@@ -1,0 +1,161 @@
+"""tract, Sonos' inference engine: the integers of the weights, activations in float32."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from qaware.engines.base import QuantizedModel
+from qaware.errors import QawareError
+from qaware.exporters.base import Exporter, Runner, Tolerance
+from qaware.exporters.signature import Signature
+from qaware.plan import Decision, Plan
+
+Q40_BITS = 4
+Q40_BLOCK = 32
+_LONGEST_CAUSE = 300
+
+
+class TractExporter(Exporter):
+    """An NNEF archive that tract loads: Q4_0 for up to 4 bits, else int8 or float16."""
+
+    name = "tract"
+    suffix = ".nnef.tgz"
+    packages = ("tract", "torch_to_nnef")
+    extra = "tract"
+    tolerance = Tolerance(
+        relative=1e-5,
+        kl=1e-8,
+        reason="float32 sums in another order: 2e-7 on one layer, 1e-6 on 12; an int4 one step off is 3e-5",
+    )
+
+    def notes(self, plan: Plan) -> tuple[str, ...]:
+        """Float activations, and how bits are stored."""
+        schemes = [d.scheme for d in plan.quantized.values() if d.scheme]
+        chosen = []
+        if any(s.activation != "none" for s in schemes):
+            chosen.append("activations in float32: no int8 range is applied; weights keep their integers")
+        if any(s.bits <= Q40_BITS for s in schemes):
+            chosen.append("up to 4 bits take 4.5 bits a weight (Q4_0)")
+        if any(Q40_BITS < s.bits <= 8 for s in schemes):
+            chosen.append("5 to 8 bits take int8 in the file and float32 once loaded")
+        return tuple(chosen)
+
+    def refuse(self, decision: Decision) -> str | None:
+        """Only weights of up to 4 bits have limits, those of Q4_0."""
+        scheme = decision.scheme
+        if scheme is None or scheme.bits > Q40_BITS:
+            return None
+        if not scheme.symmetric:
+            return f"{scheme.label} has zero points, which Q4_0 has not; use symmetric: true, or bits: 8"
+        if decision.width % Q40_BLOCK or scheme.group_size % Q40_BLOCK:
+            return (
+                f"{scheme.label} on {decision.width} input weights does not fill Q4_0 blocks of "
+                f"{Q40_BLOCK}; use groups and widths that are multiples of {Q40_BLOCK}, or bits: 8"
+            )
+        if scheme.scale_dtype == "float32":
+            return f"{scheme.label} has float32 scales, Q4_0 float16; use scale_dtype: bfloat16 or float16"
+        return None
+
+    def write(
+        self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
+    ) -> None:
+        """Trace, replace the weights by their integers and write the archive."""
+        with _contained():
+            from qaware.exporters.tract_lowering import write_nnef
+
+            write_nnef(quantized, example, signature, path)
+
+    def reference(self, quantized: QuantizedModel) -> nn.Module:
+        """The same integers in float32 without rounded activations, as tract computes."""
+        module = copy.deepcopy(quantized.module)
+        for name in quantized.weights:
+            layer = module.get_submodule(name)
+            layer.__class__ = nn.Linear if quantized.plan.layer(name).type == "Linear" else nn.Embedding
+            if isinstance(layer.weight, IntxUnpackedToInt8Tensor):
+                layer.weight = nn.Parameter(_weight_only(layer.weight), requires_grad=False)
+        return module.float().cpu()
+
+    def open(self, path: Path, signature: Signature) -> Runner:
+        """Load an archive.
+
+        Raises:
+            QawareError: tract cannot read it or its inputs are not those of ``signature``.
+        """
+        import tract
+
+        try:
+            model = tract.nnef().with_tract_extra().with_tract_transformers().load(str(path))
+            _check_inputs(path, model.input_count(), signature)
+            runnable = model.into_runnable()
+        except tract.TractError as error:
+            raise QawareError(f"{path.name}: tract cannot load it: {root_cause(error)}") from None
+
+        def run(*tensors: Tensor) -> Tensor:
+            try:
+                outputs = runnable.run([t.detach().cpu().contiguous().numpy() for t in tensors])
+            except tract.TractError as error:
+                raise QawareError(f"{path.name}: tract cannot run it: {root_cause(error)}") from None
+            # A copy: the array belongs to tract.
+            return torch.from_numpy(np.array(outputs[0].to_numpy(), dtype=np.float32))
+
+        return run
+
+
+def root_cause(error: BaseException) -> str:
+    """The last two causes that tract names, in one line, without the Rust stack trace after them."""
+    text = str(error).partition("Stack backtrace")[0]
+    causes = re.split(r"(?m)^\s*\d+: ", text.partition("Caused by:")[2] or text)
+    words = [" ".join(cause.split()) for cause in causes if cause.strip()]
+    # Of a file that is no archive, tract quotes the bytes.
+    said = "".join(c if c.isprintable() else "?" for c in ": ".join(words[-2:]))
+    return said[:_LONGEST_CAUSE] or type(error).__name__
+
+
+def _check_inputs(path: Path, count: int, signature: Signature) -> None:
+    # tract reads past the end of its inputs when it is given too few.
+    if count != len(signature.inputs):
+        raise QawareError(f"{path.name}: takes {count} inputs, its signature has {len(signature.inputs)}")
+
+
+def _weight_only(weight: IntxUnpackedToInt8Tensor) -> IntxUnpackedToInt8Tensor:
+    return IntxUnpackedToInt8Tensor(
+        weight.qdata,
+        weight.scale,
+        weight.zero_point,
+        weight.target_dtype,
+        weight.block_size,
+        torch.float32,
+        None,
+    )
+
+
+@contextlib.contextmanager
+def _contained() -> Iterator[None]:
+    """Undo what torch_to_nnef leaves behind: a dynamo setting made on import, its log level, what it
+    prints when it fails, and the tracer's advice on the model's own Python."""
+    from torch._dynamo import config
+    from torch.jit._trace import TracerWarning
+
+    logger = logging.getLogger("torch_to_nnef")
+    level, suppress_errors = logger.level, config.suppress_errors
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            # Advice to authors of libraries and of forwards; nothing that a user of qaware can act on.
+            for category in (TracerWarning, FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        logger.setLevel(level)
+        config.suppress_errors = suppress_errors

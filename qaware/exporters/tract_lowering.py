@@ -1,0 +1,184 @@
+"""From a converted model to a tract NNEF archive that holds the engine's own integers.
+
+torch_to_nnef traces the model with plain float weights and builds the graph. Before it is written,
+the variable of each quantized weight is replaced by what ships: Q4_0 blocks, which tract multiplies
+packed, or int8 and float16 with the operations that bring them back to float32. Nothing is rounded
+here: a number that the format cannot hold is an error.
+
+Imported by ``tract.py`` only while a file is written, because it imports torch_to_nnef.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import itertools
+import logging
+import re
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnef_tools.model import Graph
+from torch import Tensor, nn
+from torch_to_nnef import export_model_to_nnef
+from torch_to_nnef.inference_target.tract import TractNNEF
+
+from qaware.engines.base import QuantizedModel, QuantizedWeight
+from qaware.exporters.signature import Deployable, Signature
+from qaware.exporters.tract_storage import Stored, store_weights
+from qaware.exporters.tract_tracing import no_download, traceable
+
+_TRACE_SIZES = (3, 5, 7, 11, 13)
+"""Of dynamic axes while tracing: a size of 1 would be traced as a broadcast, equal ones as one axis."""
+
+
+def write_nnef(
+    quantized: QuantizedModel, example: Sequence[Tensor], signature: Signature, path: Path
+) -> None:
+    """Write the archive. ``quantized`` becomes a float model on the way.
+
+    Raises:
+        QawareError: a scale is not exact in float16, or a weight is not in the graph as it is.
+    """
+    layers = _use_float_weights(quantized)
+    model = signature.wrap(_separate(quantized.module.float().cpu(), set())).eval()
+    names = [re.sub(r"\W", "_", spec.name) for spec in signature.inputs]
+    sizes = _trace_sizes(signature)
+    axes = [{i: d for i, d in enumerate(spec.shape) if d in sizes} for spec in signature.inputs]
+    target = _Target(_by_parameter(model, layers), dict(zip(names, axes, strict=True)))
+    with tempfile.TemporaryDirectory(prefix=".qaware-", dir=path.parent) as folder, traceable():
+        exported = export_model_to_nnef(
+            model,
+            _resize(example, signature, sizes),
+            Path(folder) / "model.nnef",
+            target,
+            input_names=names,
+            output_names=["qaware_output"],
+            compression_level=None,
+            log_level=logging.ERROR,
+            custom_extensions=_bounds(signature, sizes),
+        )
+        for name, content in target.files.items():
+            (exported / name).write_bytes(content)
+        _pack(exported, path)
+
+
+class _Target(TractNNEF):  # type: ignore[misc]
+    """tract as torch_to_nnef knows it, which stores weights as they are and downloads nothing."""
+
+    def __init__(self, weights: Mapping[str, Stored], axes: dict[str, Any]) -> None:
+        with no_download():
+            super().__init__(
+                self.latest_version(),
+                check_io=False,
+                dynamic_axes=axes,
+                # Who exported it, on which machine and with which command is nobody's business.
+                dump_identity_properties=False,
+                specific_properties={"export_cmd": "qaware", "export_date": ""},
+            )
+        self.weights = weights
+        self.files: dict[str, bytes] = {}
+
+    def post_trace(self, nnef_graph: Graph, active_custom_extensions: list[str]) -> None:
+        """Called by torch_to_nnef between building the graph and writing it."""
+        super().post_trace(nnef_graph, active_custom_extensions)
+        self.files = store_weights(nnef_graph, self.weights)
+
+
+def _use_float_weights(quantized: QuantizedModel) -> dict[int, tuple[str, QuantizedWeight]]:
+    """Turn every quantized layer into a plain one with its dequantized weight; ties stay ties.
+
+    Returns:
+        Layer name and integers, by the id of the new parameter.
+    """
+    parameters: dict[int, nn.Parameter] = {}
+    layers: dict[int, tuple[str, QuantizedWeight]] = {}
+    for name, weight in quantized.weights.items():
+        layer = quantized.module.get_submodule(name)
+        layer.__class__ = nn.Linear if quantized.plan.layer(name).type == "Linear" else nn.Embedding
+        if id(weight) not in parameters:
+            here = _on_cpu(weight)
+            parameters[id(weight)] = nn.Parameter(here.dequantize(), requires_grad=False)
+            layers[id(parameters[id(weight)])] = name, here
+        layer.weight = parameters[id(weight)]
+    return layers
+
+
+def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
+    scale = None if weight.scale is None else weight.scale.cpu()
+    zero_point = None if weight.zero_point is None else weight.zero_point.cpu()
+    return QuantizedWeight(weight.data.cpu(), scale, zero_point, weight.scheme)
+
+
+def _separate(module: nn.Module, seen: set[int]) -> nn.Module:
+    """Give a module that is registered twice two objects with the same parameters: torch_to_nnef
+    looks parameters up by each of their names and fails on the second."""
+    seen.add(id(module))
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if id(child) in seen:
+            child = copy.copy(child)
+            for held in ("_parameters", "_buffers", "_modules"):
+                child.__dict__[held] = dict(child.__dict__[held])
+        module._modules[name] = _separate(child, seen)
+    return module
+
+
+def _by_parameter(model: Deployable, layers: Mapping[int, tuple[str, QuantizedWeight]]) -> dict[str, Stored]:
+    """What to store by every name of its parameter, under the first: of tied names the graph has any."""
+    first: dict[int, Stored] = {}
+    weights = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in layers:
+            layer, weight = layers[id(parameter)]
+            weights[name] = first.setdefault(id(parameter), Stored(layer, name, weight))
+    return weights
+
+
+def _trace_sizes(signature: Signature) -> dict[str, int]:
+    """A size within bounds for each axis that is really dynamic."""
+    free = [(symbol, *bounds) for symbol, bounds in signature.symbols.items() if bounds[0] < bounds[1]]
+    wanted = itertools.cycle(_TRACE_SIZES)
+    return {
+        symbol: min(max(size, low), high) for (symbol, low, high), size in zip(free, wanted, strict=False)
+    }
+
+
+def _resize(example: Sequence[Tensor], signature: Signature, sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """The example with its dynamic axes cut or repeated to ``sizes``, so that its values stay legal."""
+    resized = []
+    for spec, tensor in zip(signature.inputs, example, strict=True):
+        for axis, symbol in enumerate(spec.shape):
+            if isinstance(symbol, str) and symbol in sizes:
+                index = torch.arange(sizes[symbol], device=tensor.device) % tensor.shape[axis]
+                tensor = tensor.index_select(axis, index)
+        resized.append(tensor.cpu())
+    return tuple(resized)
+
+
+def _bounds(signature: Signature, sizes: Mapping[str, int]) -> list[str]:
+    """Both bounds of each symbol; tract needs the two to accept a table that is sliced by length."""
+    return [
+        f"tract_assert {symbol}{sign}{bound}"
+        for symbol in sizes
+        for sign, bound in zip((">=", "<="), signature.symbols[symbol], strict=True)
+    ]
+
+
+def _pack(folder: Path, path: Path) -> None:
+    """The files of ``folder`` as a .tgz, without owner and time."""
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as archive,
+    ):
+        for file in sorted(folder.iterdir()):
+            entry = tarfile.TarInfo(file.name)
+            entry.size = file.stat().st_size
+            with file.open("rb") as content:
+                archive.addfile(entry, content)
