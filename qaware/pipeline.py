@@ -1,0 +1,190 @@
+"""From a prepared model to scored artifacts: the one implementation, whichever door it is entered by."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qaware.engines.base import QuantizedModel
+from qaware.engines.modules import ModulesEngine
+from qaware.errors import ParityError, QawareError
+from qaware.exporters.artifact import Artifact
+from qaware.exporters.base import Exporter
+from qaware.exporters.isolated import IsolatedRunner
+from qaware.files import write_json
+from qaware.metrics.score import Score
+from qaware.parity import Parity, compare
+from qaware.plan import Plan
+from qaware.report.ledger import Comparison, Ledger, Row
+from qaware.tasks import Predict, Task
+
+log = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """Opens a bar of ``total`` steps and yields the function that advances it."""
+
+    def __call__(self, description: str, total: int) -> AbstractContextManager[Callable[[], None]]: ...
+
+
+@contextlib.contextmanager
+def no_progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """For use without a Trainer."""
+    yield lambda: None
+
+
+@dataclass
+class QuantizationResult:
+    """What quantizing gave: the model, what was done to it, what it scores, and the files."""
+
+    model: QuantizedModel
+    plan: Plan
+    rows: list[Row] = field(default_factory=list)
+    scores: dict[str, Score] = field(default_factory=dict)
+    """By stage."""
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    """By runtime; only files that passed the parity check."""
+    parity: dict[str, Parity] = field(default_factory=dict)
+    failures: dict[str, QawareError] = field(default_factory=dict)
+    """By runtime: what kept an artifact from being made or scored."""
+
+
+@dataclass
+class Pipeline:
+    """The steps after prepare, for one model, writing a row after each."""
+
+    ledger: Ledger
+    task: Task | None
+    """None: nothing can be scored or exported, only converted."""
+    exporters: Sequence[Exporter]
+    folder: Path
+    """Where artifacts go."""
+    label: str
+    """The model's name in the table."""
+    comparison: Comparison | None = None
+    reference: Predict | None = None
+    """The float model, for KL and top-1 agreement."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Kept in every sidecar."""
+    progress: Progress = no_progress
+    rank: int = 0
+    world: int = 1
+
+    def score_module(self, label: str, stage: str, module: nn.Module, size: int) -> Score | None:
+        """Score a torch module; every rank takes its share, and all get the same score."""
+        if self.task is None:
+            self.ledger.add(label, stage, None, size)
+            return None
+        with self.progress(f"Scoring {stage}", self.task.steps // self.world) as advance:
+            score = self.task.score(
+                predictor(module, self.task),
+                self.reference if stage != "float" else None,
+                on_step=advance,
+                rank=self.rank,
+                world=self.world,
+            )
+        base = self.comparison if self.comparison and self.comparison.base != label else None
+        self.ledger.add(label, stage, score, size, base)
+        return score
+
+    def convert(self, prepared: nn.Module, plan: Plan) -> QuantizationResult:
+        """Convert ``prepared`` in place (give a copy) and score the converted model."""
+        quantized = ModulesEngine().convert(prepared, plan)
+        result = QuantizationResult(quantized, plan)
+        score = self.score_module(self.label, "converted", quantized.module, quantized.bytes)
+        if score is not None:
+            result.scores["converted"] = score
+        return result
+
+    def export_all(self, result: QuantizationResult) -> None:
+        """Export to each runtime, check parity, score. A failing runtime leaves the others alone."""
+        if self.task is None or self.rank != 0:
+            return
+        for exporter in self.exporters:
+            try:
+                self._export_one(exporter, result)
+            except QawareError as error:
+                result.failures[exporter.name] = error
+                self.ledger.add(self.label, exporter.name, None, 0, failed=str(error))
+                log.error("%s", error)
+
+    def _export_one(self, exporter: Exporter, result: QuantizationResult) -> None:
+        assert self.task is not None
+        task, name = self.task, exporter.name
+        path = self.folder / f"{self.label.replace(' ', '-')}{exporter.suffix}"
+        with self.progress(f"Exporting to {name}", 1) as advance:
+            artifact = exporter.export(result.model, task.example, task.signature, path, self.metadata)
+            advance()
+        with IsolatedRunner(artifact) as runner:
+            parity = self._check_parity(exporter, artifact, runner, result)
+            artifact = artifact.update(parity=parity.to_dict())
+            with self.progress(f"Scoring {name}", task.steps) as advance:
+                score = task.score(runner, self.reference, on_step=advance)
+        self.ledger.add(
+            self.label,
+            name,
+            score,
+            artifact.bytes,
+            self.comparison,
+            artifact=artifact.path.name,
+            parity=parity.to_dict(),
+            notes=list(artifact.notes),
+        )
+        result.artifacts[name], result.parity[name] = artifact, parity
+        if score is not None:
+            result.scores[name] = score
+
+    def _check_parity(
+        self,
+        exporter: Exporter,
+        artifact: Artifact,
+        runner: Callable[..., Tensor],
+        result: QuantizationResult,
+    ) -> Parity:
+        assert self.task is not None
+        reference = self.task.signature.wrap(exporter.reference(result.model)).eval()
+        try:
+            parity = compare(runner, reference, self.task.parity_inputs)
+            parity.require(artifact.path.name, exporter.tolerance_for(result.plan))
+        except ParityError:
+            for file in (artifact.path, artifact.sidecar):
+                file.rename(file.with_name(file.name + ".rejected"))
+            raise
+        return parity
+
+
+def predictor(module: nn.Module, task: Task) -> Predict:
+    """``module`` in evaluation mode as a function of CPU tensors, run on its own device."""
+    wrapped = task.signature.wrap(module).eval()
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+
+    def predict(*tensors: Tensor) -> Tensor:
+        with torch.no_grad():
+            output: Tensor = wrapped(*(t.to(device) for t in tensors))
+            return output.cpu()
+
+    return predict
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """The fate of every parameter as JSON."""
+    rows = [
+        {
+            "parameter": d.parameter,
+            "shape": list(d.shape),
+            "role": d.role,
+            "scheme": d.scheme.label if d.scheme else None,
+            "reason": d.reason,
+            "tied_to": d.tied_to,
+        }
+        for d in plan.decisions
+    ]
+    write_json(path, {"recipe": plan.recipe.to_dict(), "hash": plan.recipe.hash, "parameters": rows})

@@ -1,0 +1,1 @@
+"""Rows of measurements, and what is made of them: the table, the plot, the report."""
