@@ -1,0 +1,168 @@
+"""The command line. Parsers are built from jsonargparse; torch is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from qaware.errors import QawareError
+
+EXIT_USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. A mistake of the user's is one line on stderr and exit code 2."""
+    parser = make_parser()
+    try:
+        options = parser.parse_args(list(sys.argv[1:] if arguments is None else arguments))
+        command = options.subcommand
+        if command is None:
+            parser.print_help()
+            return EXIT_USER_ERROR
+        return COMMANDS[command](options[command])
+    except (QawareError, ArgumentError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was finished stays in the run folder", 130)
+
+
+def _fail(message: str, code: int = EXIT_USER_ERROR) -> int:
+    print(f"qaware: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of every command; abbreviations are not accepted."""
+    parser = _parser("Quantize Lightning models and score them on every runtime they ship to.", "qaware")
+    commands = parser.add_subcommands(required=False)
+    run = _parser("Run an experiment file; prints the table and writes a run folder.")
+    _add_experiment(run)
+    commands.add_subcommand("run", run, help="run an experiment file")
+    check = _parser("Match recipes and ask the runtimes what they cannot hold, without training.")
+    _add_experiment(check)
+    commands.add_subcommand("check", check, help="what would happen to every parameter, and what cannot work")
+    report = _parser("Rebuild table, plot and report from the results.jsonl of a run folder.")
+    report.add_argument(
+        "folder", type=str, help="a run folder, or the folder of an experiment's runs (newest)"
+    )
+    commands.add_subcommand("report", report, help="rebuild a run's report")
+    evaluate = _parser("Score an exported artifact on its own runtime.")
+    _add_evaluate(evaluate)
+    commands.add_subcommand("evaluate", evaluate, help="score an artifact")
+    recipes = _parser("List the named recipes, or print one as YAML.")
+    recipes.add_argument("name", type=str, nargs="?", help="a recipe")
+    commands.add_subcommand("recipes", recipes, help="list the named recipes")
+    return parser
+
+
+def _parser(description: str, prog: str | None = None) -> ArgumentParser:
+    return ArgumentParser(prog=prog, description=description, allow_abbrev=False, exit_on_error=False)
+
+
+def _add_experiment(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "config",
+        type=str,
+        nargs="+",
+        help="YAML files, later ones over earlier ones, and key=value (key+=value appends to a list)",
+    )
+    parser.add_argument(
+        "--trust", type=str, action="append", metavar="PACKAGE", help="allow classes of PACKAGE in the files"
+    )
+
+
+def _add_evaluate(parser: ArgumentParser) -> None:
+    parser.add_argument("artifact", type=str, help="an exported file, with its sidecar beside it")
+    parser.add_argument("--data", type=str, required=True, help="text, jsonl or parquet file")
+    parser.add_argument(
+        "--window", type=int, default=None, help="tokens in a window; default as when exported"
+    )
+    parser.add_argument("--max-windows", type=int, default=None, help="score no more than this many windows")
+
+
+def _run(options: Namespace) -> int:
+    from qaware.config import load_config
+    from qaware.experiment import read_experiment
+    from qaware.report.table import print_table
+    from qaware.run import Run
+
+    # An experiment makes several Trainers; each would say again which accelerators there are.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    run = Run(read_experiment(load_config(options.config, options.trust or [])))
+    try:
+        run.execute()
+    finally:
+        if run.ledger.rows:
+            print_table(run.ledger.rows, run.experiment.name)
+            print(f"report: {run.folder / 'report.md'}")
+    return 0
+
+
+def _check(options: Namespace) -> int:
+    from qaware.config import load_config
+    from qaware.experiment import build_model, check_plans, read_experiment
+
+    experiment = read_experiment(load_config(options.config, options.trust or []))
+    for plan in check_plans(experiment, build_model(experiment)):
+        print(plan.summary())
+        for decision in plan.decisions:
+            scheme = decision.scheme.label if decision.scheme else "float"
+            tie = f"; tied to {decision.tied_to}" if decision.tied_to else ""
+            print(f"  {decision.parameter:<58} {scheme:<28} {decision.reason}{tie}")
+    return 0
+
+
+def _report(options: Namespace) -> int:
+    from qaware.report.ledger import read_rows
+    from qaware.report.table import print_table
+    from qaware.report.write import RESULTS, write_report
+
+    folder = Path(options.folder)
+    if not (folder / RESULTS).exists():
+        runs = sorted(folder.glob(f"*/{RESULTS}"))
+        folder = runs[-1].parent if runs else folder
+    report = write_report(folder)
+    print_table(read_rows(folder / RESULTS), folder.parent.name)
+    print(f"report: {report}")
+    return 0
+
+
+def _evaluate(options: Namespace) -> int:
+    from qaware.evaluation import evaluate_artifact
+    from qaware.report.table import print_table
+
+    row = evaluate_artifact(Path(options.artifact), options.data, options.window, options.max_windows)
+    print_table([row])
+    return 0
+
+
+def _recipes(options: Namespace) -> int:
+    from qaware.recipe import Recipe, recipe_names
+
+    if options.name is None:
+        for name in recipe_names():
+            print(f"{name:<28} {Recipe.load(name).description.strip()}")
+        return 0
+    import yaml
+
+    print(yaml.safe_dump(Recipe.load(options.name).to_dict(), sort_keys=False), end="")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Any], int]] = {
+    "run": _run,
+    "check": _check,
+    "report": _report,
+    "evaluate": _evaluate,
+    "recipes": _recipes,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What an experiment file holds, and everything about it that can be checked before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
+
+from qaware.callbacks.data import find_target
+from qaware.config import Config, build, parse
+from qaware.errors import QawareError
+from qaware.exporters import get_exporter
+from qaware.exporters.check import require_legal
+from qaware.metrics.hub import load_extra
+from qaware.plan import Plan
+from qaware.recipe import Recipe, Rule
+
+METHODS = ("ptq", "qat")
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """One recipe, by one or both methods, on some runtimes."""
+
+    recipe: str
+    """Name of a recipe, or path of a YAML file."""
+    rules: list[dict[str, Any]] = field(default_factory=list)
+    """Rules in front of the recipe's own, as ``qaware check`` proposes them."""
+    methods: list[str] = field(default_factory=lambda: ["ptq"])
+    """``ptq``, ``qat`` or both."""
+    export: list[str] = field(default_factory=list)
+    """Runtimes, e.g. ``[executorch, aoti, tract]``."""
+    target: str | None = None
+    """Submodule to quantize; null for the whole model."""
+    start_step: int = 0
+    """QAT: optimizer step from which the forward pass rounds."""
+    freeze_observers_step: int | None = None
+    """QAT: optimizer step from which static activation ranges stay."""
+    calibration_batches: int = 32
+    """PTQ of static activations: batches that are observed."""
+
+    def load_recipe(self) -> Recipe:
+        """The recipe with ``rules`` in front."""
+        recipe = Recipe.load(self.recipe)
+        return recipe.prepend(*map(Rule.from_dict, self.rules)) if self.rules else recipe
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """The training that QAT gets, and, so that "recovered" is honest, its float control too."""
+
+    max_steps: int
+    lr: float | None = None
+    """Learning rate in place of the model's own ``lr`` hyperparameter."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment file holds."""
+
+    name: str
+    model: dict[str, Any]
+    """``{class_path: <LightningModule>, init_args: {...}}``."""
+    data: dict[str, Any]
+    """``{class_path: <LightningDataModule>, init_args: {...}}``."""
+    quantize: list[Quantize]
+    trainer: dict[str, Any] | None = None
+    """Arguments of ``lightning.pytorch.Trainer`` for the float training; null to take the model as it is."""
+    finetune: FineTune | None = None
+    """Needed when a method is qat."""
+    seed: int = 0
+    output: str = "runs"
+    """Folder of run folders."""
+    metrics: list[str] = field(default_factory=list)
+    """Further ``evaluate`` metrics, by name or path."""
+    on_failure: str = "raise"
+    """``raise`` when an artifact fails parity or its runtime dies, or ``warn``."""
+
+    def __post_init__(self) -> None:
+        for i, entry in enumerate(self.quantize):
+            for method in entry.methods:
+                if method not in METHODS:
+                    raise QawareError(f"quantize[{i}].methods: {method!r} is not one of {', '.join(METHODS)}")
+            for name in entry.export:
+                get_exporter(name)
+        if not self.quantize:
+            raise QawareError("quantize: is empty; give at least one {recipe: ...}")
+        if self.uses_qat and self.finetune is None:
+            raise QawareError(
+                "finetune: is missing; qat needs {max_steps: ...}, for itself and for its float control"
+            )
+
+    @property
+    def uses_qat(self) -> bool:
+        """Whether any entry trains."""
+        return any("qat" in entry.methods for entry in self.quantize)
+
+
+def read_experiment(config: Config) -> Experiment:
+    """Check ``config`` against :class:`Experiment`; unknown keys and wrong types are errors."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Experiment, None)
+    return Experiment(**parse(parser, "experiment", config))
+
+
+def build_model(experiment: Experiment) -> pl.LightningModule:
+    """The model, seeded."""
+    pl.seed_everything(experiment.seed, workers=True, verbose=False)
+    return build("model", experiment.model, pl.LightningModule)
+
+
+def check_plans(experiment: Experiment, model: pl.LightningModule) -> list[Plan]:
+    """Match every recipe, and refuse what a runtime cannot hold, before any training.
+
+    Raises:
+        QawareError: names each layer, the value and the nearest legal choice.
+    """
+    load_extra(experiment.metrics)
+    plans = []
+    for entry in experiment.quantize:
+        plan = entry.load_recipe().match(find_target(model, entry.target))
+        require_legal(plan, [get_exporter(name) for name in entry.export])
+        plans.append(plan)
+    return plans
