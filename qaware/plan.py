@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,8 +95,17 @@ class Plan:
         total = sum(d.numel for d in self.decisions if d.tied_to is None)
         return (
             f"{self.recipe.name}: {len(self.quantized)} layers, {done:,} of {total:,} parameters "
-            f"({done / max(total, 1):.1%}) quantized"
+            f"({done / max(total, 1):.1%}) quantized{self._left_float()}"
         )
+
+    def _left_float(self) -> str:
+        """The types that hold most of what stays float, so that a layer left out is not overlooked."""
+        held: Counter[str] = Counter()
+        for decision in self.skipped:
+            if decision.tied_to is None:
+                held[decision.type.rpartition(".")[2]] += decision.numel
+        text = ", ".join(f"{kind} {count:,}" for kind, count in held.most_common(3))
+        return f"; float: {text}" if text else ""
 
     def require_possible(self) -> None:
         """Raise for the layers that cannot hold their scheme, or when nothing is quantized.
@@ -174,7 +184,7 @@ def _scheme_for(recipe: Recipe, decision: Decision) -> tuple[Scheme | None, str]
     kind, parameter = decision.type, decision.parameter.rpartition(".")[2]
     rule = next((r for r in recipe.rules if _matches(r, decision.module, kind, decision.role)), None)
     if rule is None:
-        return None, "no rule matches"
+        return None, f"no rule matches (type {kind})"
     if rule.scheme is None:
         return None, f"kept float by rule {rule.label}"
     if kind not in QUANTIZABLE:
