@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qaware.cli import make_parser
+from qaware.exporters import BUILTIN, get_exporter
 from qaware.recipe import recipe_names
 
 README = Path(__file__).parents[1] / "README.md"
@@ -48,3 +49,12 @@ def test_every_experiment_is_mentioned() -> None:
     assert all(
         f"experiments/{path.name}" in README.read_text(encoding="utf-8") for path in folder.glob("*.yaml")
     )
+
+
+def test_the_tolerances_are_those_of_the_code() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name in BUILTIN:
+        tolerance = get_exporter(name).tolerance
+        row = re.search(rf"^\| `{name}` \| ([\d.e-]+) \| ([\d.e-]+) \|", text, flags=re.M)
+        assert row is not None, name
+        assert (float(row[1]), float(row[2])) == (tolerance.relative, tolerance.kl)
