@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,11 @@ class Ledger:
     """Rows in memory and, one line each, in ``results.jsonl``; a killed run loses none that was written."""
 
     def __init__(self, path: Path | None = None) -> None:
+        """A new ledger; a file that an earlier run left at ``path`` is kept under another name."""
         self.path = path
+        if path is not None and path.is_file():
+            names = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(1))
+            path.rename(next(name for name in names if not name.exists()))
         self.rows: list[Row] = []
         self.scores: dict[tuple[str, str], Score] = {}
 

@@ -195,3 +195,12 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").symlink_to("/dev/full")
     with pytest.raises(QawareError, match="No space left on device"):
         Ledger(tmp_path / "results.jsonl").add("m", "float", None, 1)
+
+
+def test_the_rows_of_an_earlier_run_are_kept_under_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for size in (1, 2, 3):
+        Ledger(path).add("float", "float", None, size)
+    assert [row["bytes"] for row in read_rows(path)] == [3]
+    assert [row["bytes"] for row in read_rows(tmp_path / "results-1.jsonl")] == [1]
+    assert [row["bytes"] for row in read_rows(tmp_path / "results-2.jsonl")] == [2]
