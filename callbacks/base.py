@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qaware.callbacks.data import find_target, make_task
 from qaware.callbacks.loggers import log_rows
 from qaware.callbacks.nested import detached_copy
 from qaware.callbacks.progress import trainer_progress
+from qaware.callbacks.state import CONVERTED, QuantizationState, set_state
 from qaware.errors import QawareError
 from qaware.exporters import get_exporter
 from qaware.exporters.check import require_legal
@@ -85,6 +87,17 @@ class QuantizationCallback(Callback):
         self.comparison: Comparison | None = None
         self.metadata: dict[str, Any] = {}
         self.float_label = "float"
+        self._module: weakref.ref[pl.LightningModule] | None = None
+        self._given: tuple[nn.Module | None, Ledger | None, Path | None] = (None, None, None)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget what belongs to another model: one callback may serve several in turn."""
+        if self._module is None:
+            self._given = (self.float_model, self.ledger, self.output_dir)
+        elif self._module() is not pl_module:
+            self.float_model, self.ledger, self.output_dir = self._given
+            self.result = None
+        self._module = weakref.ref(pl_module)
 
     def make_plan(self, pl_module: pl.LightningModule) -> Plan:
         """Match the recipe and refuse, before anything expensive, what cannot work."""
@@ -143,6 +156,7 @@ class QuantizationCallback(Callback):
     ) -> None:
         """Convert the copy ``prepared``, export, score, and report; sets ``result``."""
         result = pipeline.convert(find_target(prepared, self.target), plan)
+        set_state(prepared, QuantizationState(CONVERTED, plan, self.target))
         self.result = result
         if not getattr(trainer, "fast_dev_run", False):
             pipeline.export_all(result)
@@ -160,3 +174,16 @@ class QuantizationCallback(Callback):
         if pipeline.ledger.path == pipeline.folder / RESULTS:
             write_report(pipeline.folder, pipeline.ledger.rows)
             print_table(pipeline.ledger.rows)
+
+
+def refuse_double(trainer: pl.Trainer) -> None:
+    """Refuse ``precision="64-true"``, which makes weights that no quantizer takes.
+
+    Raises:
+        QawareError: names the precisions that work.
+    """
+    if trainer.precision == "64-true":
+        raise QawareError(
+            "precision: '64-true' makes float64 weights, which cannot be quantized; "
+            "use 32-true, 16-mixed, bf16-mixed or bf16-true"
+        )

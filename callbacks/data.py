@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
@@ -33,8 +35,9 @@ class Call:
 
     tensors: list[Tensor]
     keywords: list[str | None]
-    output: Tensor
-    batch: Any
+    output: torch.Size
+    """Shape of the first output tensor; the values are of no use, and logits are large."""
+    labels: Tensor | None
 
 
 class _Recorder(Callback):
@@ -54,8 +57,9 @@ class _Recorder(Callback):
         pairs = [(None, a) for a in args] + list(kwargs.items())
         named = [(k, v.detach().cpu()) for k, v in pairs if isinstance(v, Tensor)]
         if named:
-            result = first_tensor(output).detach().cpu()
-            self.calls.append(Call([t for _, t in named], [k for k, _ in named], result, self._batch))
+            shape = first_tensor(output).shape
+            labels = _labels(self._batch, shape)
+            self.calls.append(Call([t for _, t in named], [k for k, _ in named], shape, labels))
 
     def close(self) -> None:
         self._handle.remove()
@@ -79,7 +83,7 @@ def make_task(
     root = find_target(module, target)
     if datamodule is not None and hasattr(datamodule, "windows"):
         return _from_windows(datamodule.windows(), module, root, metrics)
-    loader = trainer.val_dataloaders
+    loader = trainer.val_dataloaders if trainer.world_size == 1 else raw_loader(trainer, "val")
     if loader is None:
         return None
     recorder = _Recorder(root)
@@ -92,7 +96,38 @@ def make_task(
             f"target: {target or type(module).__name__} was not called by validation_step; "
             "give target= the submodule that it calls"
         )
-    return _from_calls(recorder.calls, root, metrics)
+    return _from_calls(_all_ranks(recorder.calls), root, metrics)
+
+
+def raw_loader(trainer: pl.Trainer, kind: str) -> Any:
+    """The user's own loader, before Lightning gave each rank a share of it; None when there is none.
+
+    Args:
+        trainer: whose data; attached to the module.
+        kind: ``"train"`` or ``"val"``.
+    """
+    fitting = trainer.state.fn == "fit"
+    evaluation = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    source = trainer.fit_loop._data_source if kind == "train" else evaluation._data_source
+    datamodule = getattr(trainer, "datamodule", None)
+    if source.instance is None and datamodule is not None:  # e.g. training data while validating
+        return getattr(datamodule, f"{kind}_dataloader")()
+    return source.dataloader() if source.instance is not None and source.is_defined() else None
+
+
+def _all_ranks(calls: list[Call]) -> list[Call]:
+    """Ranks whose batches differ, because the user's loaders are sharded already, score the union."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return calls
+    raw = (t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for c in calls for t in c.tensors)
+    digest = hashlib.sha256(b"".join(raw)).hexdigest()
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) == 1:
+        return calls
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, calls)
+    return [call for share in shares for call in share]
 
 
 def find_target(module: pl.LightningModule, target: str | None) -> nn.Module:
@@ -139,11 +174,11 @@ def _from_calls(calls: list[Call], root: nn.Module, metrics: Sequence[str]) -> T
     ids = _ids_index(first)
     if ids is not None:
         return _language(calls, ids, root, metrics)
-    signature = batch_signature(first.tensors, first.keywords, max(len(c.output) for c in calls))
+    signature = batch_signature(first.tensors, first.keywords, max(c.output[0] for c in calls))
     signature = with_bounds(signature, _bounds(first, root))
     inputs = [tuple(call.tensors) for call in calls]
-    labels = [label for call in calls if (label := _labels(call)) is not None]
-    if first.output.dim() == 2 and len(labels) == len(calls):
+    labels = [call.labels for call in calls if call.labels is not None]
+    if len(first.output) == 2 and len(labels) == len(calls):
         return ClassificationTask(inputs, signature, labels, metrics)
     return UnscoredTask(inputs, signature)
 
@@ -151,7 +186,7 @@ def _from_calls(calls: list[Call], root: nn.Module, metrics: Sequence[str]) -> T
 def _ids_index(call: Call) -> int | None:
     """Which input holds the token ids: int64 (B, T) where the output is (B, T, V)."""
     for i, tensor in enumerate(call.tensors):
-        if tensor.dtype == torch.int64 and call.output.dim() == 3 and tensor.shape == call.output.shape[:2]:
+        if tensor.dtype == torch.int64 and len(call.output) == 3 and tensor.shape == call.output[:2]:
             return i
     return None
 
@@ -180,11 +215,11 @@ def _rows(call: Call, index: int) -> list[Tensor]:
     return [row[: int(length)] for row, length in zip(ids, lengths, strict=True) if length >= 2]
 
 
-def _labels(call: Call) -> Tensor | None:
+def _labels(batch: Any, output: torch.Size) -> Tensor | None:
     """The int64 tensor (B,) of the batch that is not an input."""
-    items = call.batch.values() if isinstance(call.batch, Mapping) else call.batch
-    for item in () if isinstance(items, Tensor) or items is None else reversed(list(items)):
-        if isinstance(item, Tensor) and item.dtype == torch.int64 and item.shape == call.output.shape[:1]:
+    items = list(batch.values()) if isinstance(batch, Mapping) else batch
+    for item in reversed(items) if isinstance(items, (list, tuple)) else ():
+        if isinstance(item, Tensor) and item.dtype == torch.int64 and item.shape == output[:1]:
             return item.detach().cpu()
     return None
 

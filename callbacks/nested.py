@@ -10,21 +10,39 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
+from torch.utils._pytree import tree_leaves
 
 from qaware.callbacks.hooks import restore
+from qaware.sharded import copyable, forget_sharding
 
 
 def detached_copy(pl_module: pl.LightningModule) -> pl.LightningModule:
-    """A deep copy in evaluation mode that knows no Trainer and carries no override."""
+    """A deep copy on the CPU, in evaluation mode, that knows no Trainer and carries no override.
+
+    Sharded parameters are gathered: then it is a collective, and every rank must call it.
+    """
     trainer = pl_module._trainer
     pl_module._trainer = None
     try:
-        duplicate = copy.deepcopy(pl_module)
+        with copyable(pl_module) as whole:
+            memo = {**_graph_tensors(pl_module), id(pl_module._device_mesh): None, **whole}
+            duplicate = copy.deepcopy(pl_module, memo)
     finally:
         pl_module._trainer = trainer
+    forget_sharding(duplicate)
     restore(duplicate)
     return duplicate.cpu().eval()
+
+
+def _graph_tensors(pl_module: pl.LightningModule) -> dict[int, Any]:
+    """Stand-ins for tensors that hang in an autograd graph, which cannot be deep-copied. Users keep such
+    tensors (``self.outputs.append(loss)``), and so does ``torch.nn.utils.prune``.
+    """
+    kept = (value for module in pl_module.modules() for value in tree_leaves(dict(vars(module))))
+    return {id(t): t.detach().clone() for t in kept if isinstance(t, torch.Tensor) and not t.is_leaf}
 
 
 def validate(
@@ -48,6 +66,8 @@ def validate(
             enable_model_summary=False,
             limit_val_batches=limit,
             callbacks=callbacks,
+            # Under torchrun or SLURM this one process is not the job that the environment describes.
+            plugins=[LightningEnvironment()],
             # Tensors made under inference_mode could not be updated or trained afterwards.
             inference_mode=False,
         )

@@ -7,26 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 
-from qaware.callbacks.base import QuantizationCallback
+from qaware.callbacks.averages import averages, expect_override
+from qaware.callbacks.base import QuantizationCallback, refuse_double
 from qaware.callbacks.data import find_target
 from qaware.callbacks.hooks import override, restore
+from qaware.callbacks.launchers import require_prepared
 from qaware.callbacks.nested import detached_copy
-from qaware.callbacks.state import (
-    KEY,
-    PREPARED,
-    QuantizationState,
-    get_state,
-    require_same_recipe,
-    set_state,
-    to_checkpoint,
-)
+from qaware.callbacks.prepared import apply_plan, require_continuation, restore_structure
+from qaware.callbacks.state import KEY, get_state, require_same_recipe, to_checkpoint
 from qaware.engines.base import float_bytes
-from qaware.engines.fake_quant import set_fake_quant
-from qaware.engines.modules import ModulesEngine
+from qaware.engines.fake_quant import is_rounding, set_fake_quant
 from qaware.errors import QawareError
 from qaware.observers import all_reduce, observers
+from qaware.plan import Plan
 from qaware.recipe import Recipe
 from qaware.tasks import Task
 
@@ -77,6 +73,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.freeze_observers_step = freeze_observers_step
         self.convert = convert
         self._task: Task | None = None
+        self._plan: Plan | None = None
+        self._begun = False
+        self._was_rounding = False
 
     @property
     def state_key(self) -> str:
@@ -89,52 +88,78 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare before the optimizer exists, before a checkpoint is restored, before any wrapping."""
-        fit = stage == "fit"
-        if fit and any(True for _ in pl_module.parameters()):
-            self._prepare(pl_module)
-
-        def configure_model(module: pl.LightningModule, original: Any) -> None:
-            original()
-            if fit:
-                self._prepare(module)
-
-        override(pl_module, "configure_model", configure_model)
+        super().setup(trainer, pl_module, stage)
+        self._begun = self._was_rounding = False
+        if stage == "fit":
+            self._setup_fit(trainer, pl_module)
         override(pl_module, "on_load_checkpoint", self._on_module_load)
         override(pl_module, "on_save_checkpoint", _on_module_save)
 
+    def _setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refuse_double(trainer)
+        require_prepared(trainer, pl_module)
+        require_continuation(pl_module, self.recipe, self.target)
+
+        def configure_model(module: pl.LightningModule, original: Any) -> None:
+            original()
+            self._prepare(module)
+            for average in averages(trainer):
+                self._prepare_average(average)
+
+        if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
+            # Nothing is built later, and averaging callbacks after this one shall copy a prepared model.
+            self._prepare(pl_module)
+            expect_override()
+        override(pl_module, "configure_model", configure_model)
+
     def _prepare(self, pl_module: pl.LightningModule) -> None:
+        """Prepare what is not prepared yet; Lightning may call ``configure_model`` several times."""
         state = get_state(pl_module)
-        if state is not None:
-            require_same_recipe(to_checkpoint(state), self.recipe)
-            return
-        plan = self.make_plan(pl_module)
-        ModulesEngine().prepare(find_target(pl_module, self.target), plan)
-        set_state(pl_module, QuantizationState(PREPARED, plan, self.target))
+        if state is not None and state.plan is self._plan:
+            now = self.recipe.match(find_target(pl_module, self.target))
+            if now.quantized.keys() <= state.plan.quantized.keys():
+                return
+        self._plan = self.make_plan(pl_module)
+        apply_plan(pl_module, self._plan, self.target)
+
+    def _prepare_average(self, average: pl.LightningModule) -> None:
+        if get_state(average) is None and self._plan is not None:
+            apply_plan(average, self._plan, self.target)
 
     def _on_module_load(self, module: pl.LightningModule, original: Any, checkpoint: dict[str, Any]) -> None:
         """The last moment before the weights are loaded: give the module the checkpoint's structure."""
         saved = checkpoint.get(KEY)
         if saved is not None:
-            require_same_recipe(saved, self.recipe)
-            self._prepare(module)
-        elif get_state(module) is not None and "state_dict" in checkpoint:
-            _add_observer_keys(module, checkpoint["state_dict"])
+            theirs = Recipe.from_dict(saved["recipe"])
+            require_same_recipe("checkpoint", theirs, saved["target"], self.recipe, self.target)
+            restore_structure(module, checkpoint)
+            self._was_rounding = is_rounding(module)
+        elif get_state(module) is not None:
+            _add_missing_keys(module, checkpoint)
         original(checkpoint)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the float model that training starts from; on a resume it is gone, and is not measured."""
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The sanity check computes what the first training step will."""
         self._set_phase(trainer, pl_module, observing=False)
-        if not self.convert:
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out what is scored, before anything expensive."""
+        self._set_phase(trainer, pl_module, observing=False)
+        if self.convert:
+            # Building loaders and iterating them draws random numbers; the training must not notice.
+            with isolate_rng():
+                self._task = self.make_task(trainer, pl_module)
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, late: bool = False) -> None:
+        """Once, when the forward pass begins to round: what was trained so far is the float model. After a
+        resume in that phase it is gone, and is not measured."""
+        if self._begun or (trainer.global_step < self.start_step and not late):
             return
-        # Building loaders and iterating them draws random numbers; the training must not notice.
-        with torch.random.fork_rng(devices=[]):
-            self._task = self.make_task(trainer, pl_module)
-            if (
-                self._task is not None
-                and self.score
-                and trainer.global_step == 0
-                and self.float_model is None
-            ):
+        self._begun = True
+        measured = self._was_rounding or self.float_model is not None
+        if self.score and self._task is not None and not measured:
+            with isolate_rng():
                 self._measure_float(trainer, pl_module)
 
     def _measure_float(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -147,6 +172,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Observers see training batches only."""
+        self._begin(trainer, pl_module)
         self._set_phase(trainer, pl_module, observing=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -167,6 +193,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         state = get_state(pl_module)
         if not self.convert or state is None:
             return
+        self._begin(trainer, pl_module, late=True)
         set_fake_quant(pl_module, True)
         prepared = detached_copy(pl_module)
         pipeline = self.make_pipeline(trainer, self._task)
@@ -191,14 +218,14 @@ def _on_module_save(module: pl.LightningModule, original: Any, checkpoint: dict[
     """Mark the checkpoint; the module's hook also runs for weights-only checkpoints."""
     state = get_state(module)
     if state is not None:
-        checkpoint[KEY] = to_checkpoint(state)
+        checkpoint[KEY] = to_checkpoint(state, is_rounding(module))
     original(checkpoint)
 
 
-def _add_observer_keys(module: pl.LightningModule, saved: dict[str, Any]) -> None:
-    """A float checkpoint has no observer statistics; fresh ones stand in, so that loading stays strict."""
-    own = module.state_dict()
-    for name, child in module.named_modules():
-        if child in set(observers(module)):
-            for key in child.state_dict():
-                saved.setdefault(f"{name}.{key}", own[f"{name}.{key}"])
+def _add_missing_keys(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """A float checkpoint knows no fake-quantizers; fresh ones stand in, so that loading stays strict. An
+    averaging callback saves the model twice."""
+    for part in ("state_dict", "current_model_state"):
+        for name, tensor in module.state_dict().items() if part in checkpoint else ():
+            if "_fake_quantizer." in name:
+                checkpoint[part].setdefault(name, tensor)

@@ -14,6 +14,7 @@ from qaware.recipe import Recipe
 KEY = "qaware"
 VERSION = 1
 PREPARED = "prepared"
+CONVERTED = "converted"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class QuantizationState:
 
 
 def get_state(pl_module: pl.LightningModule) -> QuantizationState | None:
-    """The state of a prepared module; None for a float one."""
+    """The state of a prepared or converted module; None for a float one."""
     return getattr(pl_module, "qaware_state", None)
 
 
@@ -36,26 +37,52 @@ def set_state(pl_module: pl.LightningModule, state: QuantizationState) -> None:
     object.__setattr__(pl_module, "qaware_state", state)
 
 
-def to_checkpoint(state: QuantizationState) -> dict[str, Any]:
-    """Plain data, so that the whole checkpoint loads with ``weights_only=True``."""
+def to_checkpoint(state: QuantizationState, fake_quant: bool) -> dict[str, Any]:
+    """Plain data, so that the whole checkpoint loads with ``weights_only=True``.
+
+    Args:
+        state: of the module that is saved.
+        fake_quant: whether its forward pass rounds yet.
+    """
     return {
         "version": VERSION,
         "phase": state.phase,
         "recipe": state.plan.recipe.to_dict(),
         "recipe_hash": state.plan.recipe.hash,
         "target": state.target,
+        "fake_quant": fake_quant,
     }
 
 
-def require_same_recipe(saved: dict[str, Any], recipe: Recipe) -> None:
-    """Refuse to continue a checkpoint under another recipe.
+def require_same_recipe(
+    name: str, saved: Recipe, saved_target: str | None, recipe: Recipe, target: str | None
+) -> None:
+    """Refuse to go on with ``name`` (a checkpoint or a module) under another recipe or target.
 
     Raises:
-        QawareError: names both recipes and the two ways out.
+        QawareError: names both and the two ways out.
     """
-    if saved["recipe_hash"] != recipe.hash:
+    if saved.hash != recipe.hash:
         raise QawareError(
-            f"checkpoint: was trained under recipe {saved['recipe']['name']!r} ({saved['recipe_hash']}), the "
-            f"callback has {recipe.name!r} ({recipe.hash}); give the callback that recipe, or start from a "
-            "float checkpoint"
+            f"{name}: was prepared under recipe {saved.name!r} ({saved.hash}), now it is {recipe.name!r} "
+            f"({recipe.hash}); give that recipe, or start from a float {name}"
+        )
+    if saved_target != target:
+        raise QawareError(
+            f"{name}: was prepared with target {saved_target!r}, now it is {target!r}; give that target, or "
+            f"start from a float {name}"
+        )
+
+
+def require_trainable(pl_module: pl.LightningModule) -> None:
+    """Refuse a converted module.
+
+    Raises:
+        QawareError: says what to train instead.
+    """
+    state = get_state(pl_module)
+    if state is not None and state.phase == CONVERTED:
+        raise QawareError(
+            f"{type(pl_module).__name__}: is converted, and integers cannot be trained or quantized again; "
+            "use the module that was given to the Trainer, which stays trainable"
         )

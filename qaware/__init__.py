@@ -9,7 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qaware.callbacks import PostTrainingQuantization, QuantizationAwareTraining
+    from qaware.callbacks import (
+        PostTrainingQuantization,
+        QuantizationAwareTraining,
+        convert,
+        load_from_checkpoint,
+        prepare,
+    )
     from qaware.errors import ParityError, QawareError, RuntimeDiedError
     from qaware.plan import Decision, Plan
     from qaware.recipe import Recipe, Rule, recipe_names
@@ -32,6 +38,9 @@ _HOME = {
     "Rule": "qaware.recipe",
     "RuntimeDiedError": "qaware.errors",
     "Scheme": "qaware.scheme",
+    "convert": "qaware.callbacks.prepared",
+    "load_from_checkpoint": "qaware.callbacks.prepared",
+    "prepare": "qaware.callbacks.prepared",
     "recipe_names": "qaware.recipe",
 }
 
@@ -46,6 +55,9 @@ __all__ = [
     "Rule",
     "RuntimeDiedError",
     "Scheme",
+    "convert",
+    "load_from_checkpoint",
+    "prepare",
     "recipe_names",
 ]
 

@@ -98,7 +98,7 @@ class Pipeline:
     def convert(self, prepared: nn.Module, plan: Plan) -> QuantizationResult:
         """Convert ``prepared`` in place (give a copy) and score the converted model."""
         quantized = ModulesEngine().convert(prepared, plan)
-        result = QuantizationResult(quantized, plan)
+        result = QuantizationResult(quantized, quantized.plan)
         score = self.score_module(self.label, "converted", quantized.module, quantized.bytes)
         if score is not None:
             result.scores["converted"] = score

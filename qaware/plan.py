@@ -12,6 +12,7 @@ from qaware.errors import QawareError
 from qaware.recipe import Recipe, Rule, _suggest
 from qaware.roles import find_roles
 from qaware.scheme import Scheme
+from qaware.sharded import plain_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -189,7 +190,7 @@ def _scheme_for(recipe: Recipe, decision: Decision) -> tuple[Scheme | None, str]
         return None, f"kept float by rule {rule.label}"
     if kind not in QUANTIZABLE:
         return None, f"type {kind} is not supported (only {' and '.join(QUANTIZABLE)}, not their subclasses)"
-    if parameter != "weight":
+    if parameter not in ("weight", "weight_orig"):  # the second where torch.nn.utils.prune masks it
         return None, f"a {parameter} stays float"
     if kind == "Embedding" and rule.scheme.activation != "none":
         # An embedding's input is a token id, so only the weight part of the scheme applies.
@@ -207,7 +208,9 @@ def _matches(rule: Rule, name: str, kind: str, role: str | None) -> bool:
 
 def _type_name(module: nn.Module) -> str:
     """``Linear`` for exactly torch.nn.Linear; a subclass, which may compute something else, in full."""
-    cls = type(module)
+    if hasattr(module, "weight_fake_quantizer"):  # prepared already, so it was one of these
+        return "Embedding" if hasattr(module, "embedding_dim") else "Linear"
+    cls = plain_class(module)
     return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__name__}"
 
 

@@ -18,7 +18,7 @@ from torchao.quantization.quant_primitives import (
 )
 
 from qaware.errors import QawareError
-from qaware.observers import MinMaxObserver
+from qaware.observers import KINDS
 from qaware.scheme import Scheme
 
 INT8 = (-128, 127)
@@ -32,6 +32,8 @@ class WeightFakeQuantizer(IntxFakeQuantizer):
     The ranges are chosen here: torchao's fake-quantizer takes the zero point of an asymmetric weight
     from the float domain of another kernel (tinygemm), where it rounds to 0 or overflows an int8.
     """
+
+    bits: Tensor
 
     def __init__(self, scheme: Scheme) -> None:
         granularity = PerGroup(scheme.group_size) if scheme.group_size else PerAxis(0)
@@ -47,6 +49,11 @@ class WeightFakeQuantizer(IntxFakeQuantizer):
             )
         )
         self.scheme = scheme
+        mark(self, scheme.bits)
+
+    def reset_parameters(self) -> None:
+        """Fill the buffer after it was materialized from the meta device."""
+        self.bits.fill_(self.scheme.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
@@ -82,9 +89,16 @@ class TokenFakeQuantizer(IntxFakeQuantizer):
 class Float16FakeQuantizer(nn.Module):
     """Rounds to float16 and back; the gradient passes through (straight-through estimator)."""
 
+    bits: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
+        mark(self, 16)
+
+    def reset_parameters(self) -> None:
+        """Fill the buffer after it was materialized from the meta device."""
+        self.bits.fill_(16)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
@@ -96,10 +110,10 @@ class Float16FakeQuantizer(nn.Module):
 class StaticFakeQuantizer(nn.Module):
     """int8 asymmetric fake-quantization of an activation with one range, kept by an observer."""
 
-    def __init__(self) -> None:
+    def __init__(self, observer: str = "minmax") -> None:
         super().__init__()
         self.enabled = True
-        self.observer = MinMaxObserver()
+        self.observer = KINDS[observer]()
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``; unchanged until a range was observed."""
@@ -129,6 +143,13 @@ class StaticFakeQuantizer(nn.Module):
         return scale, zero_point
 
 
+def mark(quantizer: nn.Module, bits: int) -> None:
+    """Give a weight's fake-quantizer one buffer: without any, the checkpoint of a prepared model has the
+    keys of the float model, and loads into one without a word. A float, so that it can be averaged.
+    """
+    quantizer.register_buffer("bits", torch.tensor(float(bits)))
+
+
 def weight_fake_quantizer(scheme: Scheme) -> nn.Module:
     """The fake-quantizer of a weight (rows, width)."""
     if scheme.is_float:
@@ -140,7 +161,7 @@ def activation_fake_quantizer(scheme: Scheme) -> nn.Module | None:
     """The fake-quantizer of the activation that enters a layer, or None."""
     if scheme.activation == "int8-dynamic":
         return TokenFakeQuantizer()
-    return StaticFakeQuantizer() if scheme.activation == "int8-static" else None
+    return StaticFakeQuantizer(scheme.observer) if scheme.activation == "int8-static" else None
 
 
 def integer_dtype(scheme: Scheme) -> torch.dtype:
@@ -154,3 +175,9 @@ def set_fake_quant(model: nn.Module, enabled: bool) -> None:
     for module in model.modules():
         if isinstance(module, (IntxFakeQuantizer, Float16FakeQuantizer, StaticFakeQuantizer)):
             module.enabled = enabled
+
+
+def is_rounding(model: nn.Module) -> bool:
+    """Whether the forward pass of a prepared model rounds; False for a float model."""
+    quantizers = (m for m in model.modules() if isinstance(m, (WeightFakeQuantizer, Float16FakeQuantizer)))
+    return any(quantizer.enabled for quantizer in quantizers)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 
@@ -28,6 +29,7 @@ from qaware.engines.fake_quant import (
 from qaware.errors import QawareError
 from qaware.plan import Decision, Plan
 from qaware.scheme import Scheme
+from qaware.sharded import set_class
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,7 +70,7 @@ class ModulesEngine:
     name = "modules"
 
     def prepare(self, model: nn.Module, plan: Plan) -> nn.Module:
-        """Turn the planned layers into fake-quantized ones, in place.
+        """Turn the planned layers into fake-quantized ones, in place; those that are so already stay.
 
         Raises:
             QawareError: a layer cannot hold its scheme, nothing is quantized, or a weight's dtype
@@ -79,7 +81,8 @@ class ModulesEngine:
         for name in plan.quantized:
             _refuse_dtype(name, modules[name])
         for name, decision in plan.quantized.items():
-            _prepare_layer(modules[name], decision)
+            if not hasattr(modules[name], "weight_fake_quantizer"):
+                _prepare_layer(modules[name], decision)
         _leave_fast_path(model)
         return model
 
@@ -112,14 +115,15 @@ def _refuse_dtype(name: str, module: Any) -> None:
 def _prepare_layer(module: Any, decision: Decision) -> None:
     scheme = decision.scheme
     assert scheme is not None
-    training = module.training
+    device = module.weight.device
     if decision.type == "Linear":
-        module.__class__ = FakeQuantizedLinear
-        module.activation_fake_quantizer = activation_fake_quantizer(scheme)
+        set_class(module, FakeQuantizedLinear)
+        activation = activation_fake_quantizer(scheme)
+        module.activation_fake_quantizer = None if activation is None else activation.to(device)
     else:
-        module.__class__ = FakeQuantizedEmbedding
-    module.weight_fake_quantizer = weight_fake_quantizer(scheme)
-    module.train(training).to(module.weight.device)
+        set_class(module, FakeQuantizedEmbedding)
+    module.weight_fake_quantizer = weight_fake_quantizer(scheme).to(device)
+    module.train(module.training)
 
 
 def _leave_fast_path(model: nn.Module) -> None:
@@ -140,6 +144,8 @@ def _convert_layer(
 ) -> None:
     scheme = decision.scheme
     assert scheme is not None
+    if isinstance(module._parameters.get("weight_orig"), nn.Parameter):
+        prune.remove(module, "weight")  # pruned and not made permanent: weight is a product, not a parameter
     key = (module.weight.data_ptr(), scheme.weight)
     if key not in shared:
         shared[key] = _quantize(module, scheme.weight)

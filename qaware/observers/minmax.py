@@ -13,12 +13,14 @@ class MinMaxObserver(nn.Module):
     """Running minimum and maximum of a tensor, exact for any order and number of ranks.
 
     The buffers have their final shape from the start, so that checkpoints, averaging and broadcasting
-    see them. ``observing`` is a plain attribute: averaging callbacks swap buffers, and a flag must not
-    be swapped with them.
+    see them. ``observing`` and ``pass_index`` are plain attributes: averaging callbacks swap buffers, and a
+    flag must not be swapped with them.
     """
 
     reduction: ClassVar[dict[str, str]] = {"min_val": "min", "max_val": "max"}
     """How each statistic is combined over ranks."""
+    passes: ClassVar[int] = 1
+    """How often the same data must be seen."""
 
     min_val: Tensor
     max_val: Tensor
@@ -26,8 +28,14 @@ class MinMaxObserver(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.observing = False
+        self.pass_index = 0
         self.register_buffer("min_val", torch.tensor(math.inf))
         self.register_buffer("max_val", torch.tensor(-math.inf))
+
+    def reset_parameters(self) -> None:
+        """Forget the statistics; also called after they were materialized from the meta device."""
+        self.min_val.fill_(math.inf)
+        self.max_val.fill_(-math.inf)
 
     @property
     def seen(self) -> bool:
@@ -44,9 +52,11 @@ class MinMaxObserver(nn.Module):
         """
         if self.observing and x.numel() and not _in_backward():
             low, high = torch.aminmax(x.detach().float())
-            finite = (high - low).isfinite()
-            self.min_val.copy_(torch.where(finite, torch.minimum(self.min_val, low), self.min_val))
-            self.max_val.copy_(torch.where(finite, torch.maximum(self.max_val, high), self.max_val))
+            self._take(x, low, high, (high - low).isfinite())
+
+    def _take(self, x: Tensor, low: Tensor, high: Tensor, finite: Tensor) -> None:
+        self.min_val.copy_(torch.where(finite, torch.minimum(self.min_val, low), self.min_val))
+        self.max_val.copy_(torch.where(finite, torch.maximum(self.max_val, high), self.max_val))
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Minimum and maximum, float32 scalars."""

@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["qaware"]["phase"] == "prepared"
     other = QuantizationAwareTraining("int8-weight-only", convert=False)
-    with pytest.raises(QawareError, match="was trained under recipe 'int8-dynamic-int4-weight'"):
+    with pytest.raises(QawareError, match="was prepared under recipe 'int8-dynamic-int4-weight'"):
         trainer(callbacks=[other]).validate(
             LitLM(), loader(9), ckpt_path=tmp_path / "last.ckpt", verbose=False
         )

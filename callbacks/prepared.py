@@ -1,0 +1,148 @@
+"""Prepare, convert and load a LightningModule outside a Trainer, and what the callback uses inside one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from qaware.callbacks.data import find_target
+from qaware.callbacks.hooks import override
+from qaware.callbacks.nested import detached_copy
+from qaware.callbacks.state import (
+    CONVERTED,
+    KEY,
+    PREPARED,
+    QuantizationState,
+    get_state,
+    require_same_recipe,
+    require_trainable,
+    set_state,
+)
+from qaware.engines.base import QuantizedModel
+from qaware.engines.fake_quant import set_fake_quant
+from qaware.engines.modules import ModulesEngine
+from qaware.errors import QawareError
+from qaware.plan import Plan
+from qaware.recipe import Recipe
+
+Module = TypeVar("Module", bound=pl.LightningModule)
+
+
+def prepare(
+    pl_module: Module, recipe: str | Path | Mapping[str, Any] | Recipe, target: str | None = None
+) -> Module:
+    """Insert fake-quantizers into ``pl_module`` in place, and return it.
+
+    The callback does this itself; call it where the module must be prepared before the Trainer sees it:
+    strategies that train in other processes (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``), and the loading
+    of sharded checkpoints. A module that builds its layers in ``configure_model`` is prepared right after.
+
+    Raises:
+        QawareError: the recipe does not fit the model, or the module was prepared under another recipe.
+    """
+    recipe = Recipe.load(recipe)
+    if is_built(pl_module):
+        _prepare_now(pl_module, recipe, target)
+    else:
+
+        def configure_model(module: pl.LightningModule, original: Any) -> None:
+            original()
+            _prepare_now(module, recipe, target)
+
+        override(pl_module, "configure_model", configure_model)
+    return pl_module
+
+
+def convert(pl_module: pl.LightningModule) -> QuantizedModel:
+    """Integers from a prepared module, as at the end of fit. ``pl_module`` itself stays trainable.
+
+    Raises:
+        QawareError: the module is not prepared.
+    """
+    state = get_state(pl_module)
+    if state is None or state.phase != PREPARED:
+        raise QawareError(
+            f"{type(pl_module).__name__}: is {'float' if state is None else state.phase}; convert() takes a "
+            "module that prepare(), load_from_checkpoint() or the callback prepared"
+        )
+    prepared = detached_copy(pl_module)
+    return convert_copy(prepared)
+
+
+def convert_copy(prepared: pl.LightningModule) -> QuantizedModel:
+    """Convert a copy of a prepared module in place, and remember that it cannot be trained any more."""
+    state = get_state(prepared)
+    assert state is not None
+    quantized = ModulesEngine().convert(find_target(prepared, state.target), state.plan)
+    set_state(prepared, QuantizationState(CONVERTED, state.plan, state.target))
+    return quantized
+
+
+def load_from_checkpoint(cls: type[Module], checkpoint_path: str | Path, **kwargs: Any) -> Module:
+    """``cls.load_from_checkpoint`` for a checkpoint of quantization-aware training: the module comes back
+    prepared, with its fake-quantizers on if they were, in evaluation mode. A float checkpoint gives a float
+    module.
+
+    Args:
+        cls: the LightningModule's class.
+        checkpoint_path: a ``.ckpt`` file.
+        kwargs: what ``cls.load_from_checkpoint`` takes: ``map_location``, ``strict``, hyperparameters.
+    """
+
+    def on_load_checkpoint(self: Module, checkpoint: dict[str, Any]) -> None:
+        restore_structure(self, checkpoint)
+        cls.on_load_checkpoint(self, checkpoint)
+
+    # Lightning offers no moment between building the module and loading its weights but this hook.
+    make_class: Any = type
+    hooked = make_class(
+        cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__}
+    )
+    module: Module = hooked.load_from_checkpoint(checkpoint_path, **kwargs)
+    module.__class__ = cls
+    return module.eval()
+
+
+def restore_structure(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Prepare ``pl_module`` as the checkpoint says, so that its weights fit."""
+    saved = checkpoint.get(KEY)
+    if saved is None:
+        return
+    recipe, target = Recipe.from_dict(saved["recipe"]), saved["target"]
+    state = get_state(pl_module)
+    if state is None:
+        apply_plan(pl_module, recipe.match(find_target(pl_module, target)), target)
+    else:
+        require_same_recipe("checkpoint", recipe, target, state.plan.recipe, state.target)
+    fake_quant = saved.get("fake_quant", True)
+    set_fake_quant(pl_module, fake_quant)
+    if not fake_quant:
+        rank_zero_info("qaware: the checkpoint is from before start_step, so its forward pass does not round")
+
+
+def apply_plan(pl_module: pl.LightningModule, plan: Plan, target: str | None) -> None:
+    """Prepare the planned layers and remember how."""
+    ModulesEngine().prepare(find_target(pl_module, target), plan)
+    set_state(pl_module, QuantizationState(PREPARED, plan, target))
+
+
+def is_built(pl_module: pl.LightningModule) -> bool:
+    """Whether there are layers yet."""
+    return any(True for _ in pl_module.parameters())
+
+
+def _prepare_now(pl_module: pl.LightningModule, recipe: Recipe, target: str | None) -> None:
+    require_continuation(pl_module, recipe, target)
+    apply_plan(pl_module, recipe.match(find_target(pl_module, target)), target)
+
+
+def require_continuation(pl_module: pl.LightningModule, recipe: Recipe, target: str | None) -> None:
+    """Refuse a module that was converted, or prepared in another way."""
+    state = get_state(pl_module)
+    if state is not None:
+        require_trainable(pl_module)
+        require_same_recipe("module", state.plan.recipe, state.target, recipe, target)
