@@ -21,7 +21,7 @@ def averages(trainer: pl.Trainer) -> Iterator[pl.LightningModule]:
 
 
 def expect_override() -> None:
-    """Silence the advice of ``WeightAveraging`` on overriding ``configure_model``: QAT did it, not the user."""
+    """Silence the advice of ``WeightAveraging`` on overriding ``configure_model``, which QAT does."""
     warnings.filterwarnings(
         "ignore", message="You're using the WeightAveraging callback with a model that ov"
     )

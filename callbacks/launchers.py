@@ -20,6 +20,6 @@ def require_prepared(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None
     if isinstance(launcher, _MultiProcessingLauncher) and get_state(pl_module) is None:
         raise QawareError(
             f"strategy: {launcher._start_method!r} trains in other processes, which give back only weights; "
-            "call qaware.prepare(model, recipe, target) before trainer.fit (and model.configure_model() before "
-            "that, if layers are built there), and qaware.convert(model) after it"
+            "call qaware.prepare(model, recipe, target) before trainer.fit (and model.configure_model() "
+            "first, if layers are built there), and qaware.convert(model) after it"
         )

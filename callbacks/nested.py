@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils._pytree import tree_leaves
 
 from qaware.callbacks.hooks import restore
-from qaware.sharded import copyable, forget_sharding
+from qaware.sharded import copyable
 
 
 def detached_copy(pl_module: pl.LightningModule) -> pl.LightningModule:
@@ -32,7 +32,6 @@ def detached_copy(pl_module: pl.LightningModule) -> pl.LightningModule:
             duplicate = copy.deepcopy(pl_module, memo)
     finally:
         pl_module._trainer = trainer
-    forget_sharding(duplicate)
     restore(duplicate)
     return duplicate.cpu().eval()
 

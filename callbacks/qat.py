@@ -132,6 +132,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if saved is not None:
             theirs = Recipe.from_dict(saved["recipe"])
             require_same_recipe("checkpoint", theirs, saved["target"], self.recipe, self.target)
+            require_early_enough(module)
             restore_structure(module, checkpoint)
             self._was_rounding = is_rounding(module)
         elif get_state(module) is not None:
@@ -212,6 +213,16 @@ class QuantizationAwareTraining(QuantizationCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove the overrides."""
         restore(pl_module)
+
+
+def require_early_enough(module: pl.LightningModule) -> None:
+    """Refuse to prepare ``module`` where its weights are loaded already."""
+    strategy = module.trainer.strategy
+    if strategy.restore_checkpoint_after_setup and get_state(module) is None:
+        raise QawareError(
+            f"checkpoint: was prepared by qaware, and {type(strategy).__name__} loads the weights before a "
+            "callback can prepare the model for them; call qaware.prepare(model, recipe, target) first"
+        )
 
 
 def _on_module_save(module: pl.LightningModule, original: Any, checkpoint: dict[str, Any]) -> None:

@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-# What `fully_shard` leaves on a module for the compiler.
-_TRACES = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
-
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on ``module`` itself."""
@@ -43,39 +40,41 @@ def set_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 @contextmanager
 def copyable(model: nn.Module) -> Iterator[dict[int, Any]]:
-    """While open, ``copy.deepcopy(model, memo)`` with the yielded memo gives a plain CPU copy, which then
-    needs :func:`forget_sharding`. A collective: every rank must enter, and each holds the whole model.
+    """While open, ``copy.deepcopy(model, memo)`` with the yielded memo gives a plain CPU copy.
+
+    For a sharded model a collective: every rank must enter, and each then holds the whole model.
     """
     sharded: list[Any] = [m for m in model.modules() if is_sharded(m)]
-    if not sharded:
-        yield {}
-        return
-    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-
     for module in sharded:
         # After a forward pass the root keeps whole parameters, in the precision of the computation.
         module.reshard()
-    memo: dict[int, Any] = {id(p): _gather(p) for p in model.parameters()}
-    kept = [(m, type(m), {k: vars(m).pop(k, None) for k in (STATE_KEY, REGISTRY_KEY)}) for m in sharded]
+    memo: dict[int, Any] = {id(p): _gather(p) for p in model.parameters()} if sharded else {}
+    kept = [(m, type(m), _strip(m)) for m in (model.modules() if sharded else ())]
     try:
         for module in sharded:
             module.__class__ = plain_class(module)
         yield memo
     finally:
-        for module, cls, state in kept:
+        for module, cls, removed in kept:
             module.__class__ = cls
-            vars(module).update(state)
+            vars(module).update(removed)
 
 
-def forget_sharding(duplicate: nn.Module) -> None:
-    """Take FSDP2's hooks, which would gather the parameters of the original, off a copy of it."""
-    for module in duplicate.modules():
-        for name in _TRACES:
-            vars(module).pop(name, None)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp"):
-                    del hooks[key]
+def _strip(module: nn.Module) -> dict[str, Any]:
+    """Take off ``module`` what FSDP2 left on it, which holds process groups; returns what to put back."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    names = (STATE_KEY, REGISTRY_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+    removed = {name: vars(module).pop(name) for name in names if name in vars(module)}
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        removed[name] = vars(module)[name]
+        own = [(key, hook) for key, hook in removed[name].items() if not _of_fsdp(hook)]
+        vars(module)[name] = type(removed[name])(own)
+    return removed
+
+
+def _of_fsdp(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
 
 
 def _gather(parameter: nn.Parameter) -> nn.Parameter:

@@ -7,6 +7,8 @@ calibrated by an observer.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchao.quantization.granularity import PerAxis, PerGroup, PerToken
@@ -26,14 +28,35 @@ INT8 = (-128, 127)
 _SMALLEST_FLOAT16 = 2.0**-15
 
 
-class WeightFakeQuantizer(IntxFakeQuantizer):
+class Marked(nn.Module):
+    """A weight's fake-quantizer has one buffer: without any, the checkpoint of a prepared model would have
+    the keys of the float model, and load into one without a word. A float, so that it can be averaged."""
+
+    bits: Tensor
+    config: Any
+    enabled: bool
+
+    def mark(self, bits: int) -> None:
+        """Make the buffer."""
+        self._bits = bits
+        self.register_buffer("bits", torch.tensor(float(bits)))
+
+    def reset_parameters(self) -> None:
+        """Fill the buffer after it was materialized from the meta device."""
+        self.bits.fill_(self._bits)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The other way round, float weights may be loaded into a prepared model."""
+        state_dict.setdefault(f"{prefix}bits", self.bits)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
     """Integer fake-quantization of a weight (rows, width).
 
     The ranges are chosen here: torchao's fake-quantizer takes the zero point of an asymmetric weight
     from the float domain of another kernel (tinygemm), where it rounds to 0 or overflows an int8.
     """
-
-    bits: Tensor
 
     def __init__(self, scheme: Scheme) -> None:
         granularity = PerGroup(scheme.group_size) if scheme.group_size else PerAxis(0)
@@ -49,16 +72,13 @@ class WeightFakeQuantizer(IntxFakeQuantizer):
             )
         )
         self.scheme = scheme
-        mark(self, scheme.bits)
+        self.mark(scheme.bits)
 
-    def reset_parameters(self) -> None:
-        """Fill the buffer after it was materialized from the meta device."""
-        self.bits.fill_(self.scheme.bits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as ``x``."""
+    def forward(self, x: Tensor, grid: Tensor | None = None) -> Tensor:
+        """Same shape and dtype as ``x``, which is clipped to the range of ``grid`` where one is given: scale
+        and zero point are chosen for that tensor then, not for ``x``."""
         if self.enabled:
-            self.scale, self.zero_point = self._qparams(x)
+            self.scale, self.zero_point = self._qparams(x if grid is None else grid)
         rounded: Tensor = super().forward(x)
         return rounded
 
@@ -86,19 +106,13 @@ class TokenFakeQuantizer(IntxFakeQuantizer):
         return rounded
 
 
-class Float16FakeQuantizer(nn.Module):
+class Float16FakeQuantizer(Marked):
     """Rounds to float16 and back; the gradient passes through (straight-through estimator)."""
-
-    bits: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
-        mark(self, 16)
-
-    def reset_parameters(self) -> None:
-        """Fill the buffer after it was materialized from the meta device."""
-        self.bits.fill_(16)
+        self.mark(16)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
@@ -143,13 +157,6 @@ class StaticFakeQuantizer(nn.Module):
         return scale, zero_point
 
 
-def mark(quantizer: nn.Module, bits: int) -> None:
-    """Give a weight's fake-quantizer one buffer: without any, the checkpoint of a prepared model has the
-    keys of the float model, and loads into one without a word. A float, so that it can be averaged.
-    """
-    quantizer.register_buffer("bits", torch.tensor(float(bits)))
-
-
 def weight_fake_quantizer(scheme: Scheme) -> nn.Module:
     """The fake-quantizer of a weight (rows, width)."""
     if scheme.is_float:
@@ -179,5 +186,4 @@ def set_fake_quant(model: nn.Module, enabled: bool) -> None:
 
 def is_rounding(model: nn.Module) -> bool:
     """Whether the forward pass of a prepared model rounds; False for a float model."""
-    quantizers = (m for m in model.modules() if isinstance(m, (WeightFakeQuantizer, Float16FakeQuantizer)))
-    return any(quantizer.enabled for quantizer in quantizers)
+    return any(bool(module.enabled) for module in model.modules() if isinstance(module, Marked))

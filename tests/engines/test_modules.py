@@ -201,7 +201,7 @@ def test_identity_names_hooks_flags_and_keys_survive_prepare() -> None:
     assert {n: m.training for n, m in model.named_modules() if "fake_quantizer" not in n} == modes
     assert model.up.weight_fake_quantizer.training
     assert not model.down.weight_fake_quantizer.training
-    assert list(model.state_dict()) == keys
+    assert [key for key in model.state_dict() if not key.endswith("weight_fake_quantizer.bits")] == keys
     assert isinstance(model.up, nn.Linear)
     assert isinstance(model.embed, nn.Embedding)
     assert "forward" not in vars(model.up)
@@ -216,13 +216,22 @@ def test_checkpoints_of_the_float_model_load_into_the_prepared_one(name: str) ->
     assert torch.equal(model.up.weight, saved["up.weight"])
 
 
-def test_a_static_recipe_adds_only_its_observers_to_the_keys() -> None:
+@pytest.mark.parametrize("name", recipe_names())
+def test_weights_of_a_prepared_model_do_not_load_into_a_float_one(name: str) -> None:
+    model = Net()
+    prepare(model, name)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*up\.weight_fake_quantizer\.bits"):
+        Net().load_state_dict(model.state_dict())
+
+
+def test_a_static_recipe_adds_only_marks_and_observers_to_the_keys() -> None:
     model = Net()
     keys = set(model.state_dict())
     prepare(model, "int8-static")
     added = set(model.state_dict()) - keys
-    assert len(added) == 2 * 3
-    assert all(key.endswith(("observer.min_val", "observer.max_val")) for key in added)
+    assert sum(key.endswith("weight_fake_quantizer.bits") for key in added) == 4
+    assert sum(key.endswith(("observer.min_val", "observer.max_val")) for key in added) == 2 * 3
+    assert len(added) == 4 + 2 * 3
     assert all(v.shape == () for k, v in model.state_dict().items() if k in added)
 
 
