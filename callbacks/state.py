@@ -7,6 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from qaware.callbacks.hooks import override
+from qaware.engines.fake_quant import is_rounding
 from qaware.errors import QawareError
 from qaware.plan import Plan
 from qaware.recipe import Recipe
@@ -33,25 +35,29 @@ def get_state(pl_module: pl.LightningModule) -> QuantizationState | None:
 
 
 def set_state(pl_module: pl.LightningModule, state: QuantizationState) -> None:
-    """Remember how ``pl_module`` was prepared."""
+    """Remember how ``pl_module`` was prepared, and mark every checkpoint of it from now on."""
     object.__setattr__(pl_module, "qaware_state", state)
+    override(pl_module, "on_save_checkpoint", _mark)
 
 
-def to_checkpoint(state: QuantizationState, fake_quant: bool) -> dict[str, Any]:
-    """Plain data, so that the whole checkpoint loads with ``weights_only=True``.
-
-    Args:
-        state: of the module that is saved.
-        fake_quant: whether its forward pass rounds yet.
-    """
-    return {
+def _mark(pl_module: pl.LightningModule, original: Any, checkpoint: dict[str, Any]) -> None:
+    """Plain data, so that the whole checkpoint loads with ``weights_only=True``."""
+    state = get_state(pl_module)
+    assert state is not None
+    if state.phase == CONVERTED:
+        raise QawareError(
+            f"{type(pl_module).__name__}: is converted, and Lightning cannot load such a checkpoint; "
+            "save it with QuantizedModel.save() and read it with qaware.load_quantized()"
+        )
+    checkpoint[KEY] = {
         "version": VERSION,
         "phase": state.phase,
         "recipe": state.plan.recipe.to_dict(),
         "recipe_hash": state.plan.recipe.hash,
         "target": state.target,
-        "fake_quant": fake_quant,
+        "fake_quant": is_rounding(pl_module),
     }
+    original(checkpoint)
 
 
 def require_same_recipe(

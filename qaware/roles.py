@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from qaware.adapters import find_places, successor
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -24,21 +26,32 @@ _HEAD = ("lm_head", "head", "output", "out", "classifier", "fc", "score", "embed
 
 
 def find_roles(model: nn.Module) -> dict[str, str]:
-    """Name of each module that has a role, and the role. A tied head is a head and an embedding."""
-    from torch import nn
+    """Name of each module that has a role, and the role. A tied head is a head and an embedding.
 
+    A layer under an adapter has the role that it has without; adapters have none.
+    """
     heads = _declared_heads(model)
+    places = find_places(model)
     roles: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            roles[name] = "embedding"
-        elif id(module) in heads or (not heads and _looks_like_head(name, module)):
-            roles[name] = "head"
-        elif _ATTENTION.search(name):
-            roles[name] = "attention"
-        elif _FEEDFORWARD.search(name):
-            roles[name] = "feedforward"
+        place = places.get(name)
+        if place is None or place.dropped is None:
+            role = _role(name if place is None else place.name, module, heads)
+            if role is not None:
+                roles[name] = role
     return roles
+
+
+def _role(name: str, module: nn.Module, heads: set[int]) -> str | None:
+    from torch import nn
+
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if id(module) in heads or (not heads and _looks_like_head(name, module)):
+        return "head"
+    if _ATTENTION.search(name):
+        return "attention"
+    return "feedforward" if _FEEDFORWARD.search(name) else None
 
 
 def _declared_heads(model: nn.Module) -> set[int]:
@@ -46,8 +59,10 @@ def _declared_heads(model: nn.Module) -> set[int]:
     heads = set()
     for module in model.modules():
         declared = getattr(module, "get_output_embeddings", None)
-        if callable(declared) and (head := declared()) is not None:
+        head = declared() if callable(declared) else None
+        while head is not None:
             heads.add(id(head))
+            head = successor(head)
     return heads
 
 

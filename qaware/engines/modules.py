@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 
+from qaware.adapters import from_peft
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
 from qaware.engines.fake_quant import (
     INT8,
@@ -73,21 +74,29 @@ class ModulesEngine:
         """Turn the planned layers into fake-quantized ones, in place; those that are so already stay.
 
         Raises:
-            QawareError: a layer cannot hold its scheme, nothing is quantized, or a weight's dtype
-                has no fake-quantizer (float64).
+            QawareError: a layer cannot hold its scheme, nothing is quantized, a weight's dtype has no
+                fake-quantizer (float64), or a LoRA layer has dropout.
         """
         plan.require_possible()
         modules = dict(model.named_modules())
         for name in plan.quantized:
             _refuse_dtype(name, modules[name])
+        lora = _lora_support(model)
+        if lora is not None:
+            lora.check(model, plan)
         for name, decision in plan.quantized.items():
             if not hasattr(modules[name], "weight_fake_quantizer"):
                 _prepare_layer(modules[name], decision)
+        if lora is not None:
+            lora.prepare(model)
         _leave_fast_path(model)
         return model
 
     def convert(self, model: nn.Module, plan: Plan) -> QuantizedModel:
         """Turn the fake-quantized layers into integer ones, in place, in evaluation mode.
+
+        Adapters of peft are merged and its modules removed: the result's module, plan and weights have the
+        names that are left.
 
         Raises:
             QawareError: a planned layer is not prepared, or a static range was never observed.
@@ -100,10 +109,40 @@ class ModulesEngine:
                 )
         result = QuantizedModel(model.eval(), plan, weights={})
         set_fake_quant(model, True)
+        # All before the first: a weight made later could get the address of one that is gone, and its integers.
+        for name in plan.quantized:
+            _finish_pruning(modules[name])
+        lora = _lora_support(model)
+        if lora is not None:
+            lora.merge(model)
         shared: dict[tuple[int, Scheme], QuantizedWeight] = {}
         for name, decision in plan.quantized.items():
             _convert_layer(name, modules[name], decision, result, shared)
-        return result
+        return result if lora is None else lora.unload(result)
+
+    def rebuild(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        weights: dict[str, QuantizedWeight],
+        activations: dict[str, ActivationRange],
+    ) -> QuantizedModel:
+        """The converted model from integers that were kept; the float ``model`` changes in place. Its weights
+        give the dtype to compute in, their values are dropped."""
+        modules = dict(model.named_modules())
+        for name, decision in plan.quantized.items():
+            _become_integer(modules[name], decision, weights[name], activations.get(name))
+        _leave_fast_path(model)
+        return QuantizedModel(model.eval(), plan, weights, activations)
+
+
+def _lora_support(model: nn.Module) -> Any:
+    """What knows peft, an optional package, for a model with modules of it; else None."""
+    if not any(from_peft(module) for module in model.modules()):
+        return None
+    from qaware.engines import lora
+
+    return lora
 
 
 def _refuse_dtype(name: str, module: Any) -> None:
@@ -135,6 +174,12 @@ def _leave_fast_path(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0
 
 
+def _finish_pruning(module: Any) -> None:
+    """Pruned and not made permanent: the weight is a product with a mask, not a parameter."""
+    if isinstance(module._parameters.get("weight_orig"), nn.Parameter):
+        prune.remove(module, "weight")
+
+
 def _convert_layer(
     name: str,
     module: Any,
@@ -144,22 +189,19 @@ def _convert_layer(
 ) -> None:
     scheme = decision.scheme
     assert scheme is not None
-    if isinstance(module._parameters.get("weight_orig"), nn.Parameter):
-        prune.remove(module, "weight")  # pruned and not made permanent: weight is a product, not a parameter
-    key = (module.weight.data_ptr(), scheme.weight)
+    shipped = vars(module).pop("merged", module.weight.detach())
+    key = (shipped.data_ptr(), scheme.weight)
     if key not in shared:
-        shared[key] = _quantize(module, scheme.weight)
+        shared[key] = _quantize(module, shipped, scheme.weight)
     weight = shared[key]
     result.weights[name] = weight
     activation = getattr(module, "activation_fake_quantizer", None)
     del module.weight_fake_quantizer
     if hasattr(module, "activation_fake_quantizer"):
         del module.activation_fake_quantizer
-    _become_integer(module, decision, weight)
     if isinstance(activation, StaticFakeQuantizer):
-        module.__class__ = StaticLinear
         result.activations[name] = _range(name, activation)
-        module.scale, module.zero_point = result.activations[name].scale, result.activations[name].zero_point
+    _become_integer(module, decision, weight, result.activations.get(name))
 
 
 def _range(name: str, activation: StaticFakeQuantizer) -> ActivationRange:
@@ -171,13 +213,13 @@ def _range(name: str, activation: StaticFakeQuantizer) -> ActivationRange:
 
 
 @torch.no_grad()
-def _quantize(module: Any, scheme: Scheme) -> QuantizedWeight:
-    """The integers that the fake-quantizer's own scales give; torchao does both roundings."""
+def _quantize(module: Any, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
+    """The integers of ``weight`` (the module's, or with adapters added) on the scales that the fake-quantizer
+    chooses for the module's; torchao does both roundings."""
     quantizer = module.weight_fake_quantizer
-    weight = module.weight.detach()
     if scheme.is_float:
         return QuantizedWeight(weight.half(), None, None, scheme)
-    quantizer(weight)
+    quantizer(module.weight.detach())
     blocks = (weight.shape[0], -1)
     # Rounded with the scale in the precision of training: torchao divides by a bfloat16 scale in
     # bfloat16, and a float32 division would choose another integer now and then.
@@ -194,7 +236,9 @@ def _quantize(module: Any, scheme: Scheme) -> QuantizedWeight:
     return QuantizedWeight(integers.qdata, scale.float(), None if scheme.symmetric else zero_point, scheme)
 
 
-def _become_integer(module: Any, decision: Decision, weight: QuantizedWeight) -> None:
+def _become_integer(
+    module: Any, decision: Decision, weight: QuantizedWeight, activation: ActivationRange | None
+) -> None:
     linear = decision.type == "Linear"
     if weight.scheme.is_float:
         module.__class__ = Float16Linear if linear else Float16Embedding
@@ -208,6 +252,9 @@ def _become_integer(module: Any, decision: Decision, weight: QuantizedWeight) ->
         )
     if linear and module.bias is not None:
         module.bias.requires_grad_(False)
+    if activation is not None:
+        module.__class__ = StaticLinear
+        module.scale, module.zero_point = activation.scale, activation.zero_point
 
 
 def _integer_tensor(decision: Decision, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lit import LitLM, loader, trainer
 from torch import nn
 from torchao.quantization.qat import FakeQuantizedLinear
@@ -135,3 +136,36 @@ def test_a_checkpoint_from_before_start_step_says_that_it_does_not_round(
     loaded = qaware.load_from_checkpoint(Sized, path)
     assert "its forward pass does not round" in caplog.text
     assert loss(loaded) == loss(model)
+
+
+def test_weights_saved_after_fit_are_marked(tmp_path: Path) -> None:
+    model = Sized(32)
+    run = trainer(callbacks=[QuantizationAwareTraining(RECIPE, convert=False)], max_epochs=1)
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert loss(qaware.load_from_checkpoint(Sized, tmp_path / "weights.ckpt")) == loss(model)
+
+
+def test_a_checkpoint_of_a_crash_is_marked(tmp_path: Path) -> None:
+    class Crashes(Sized):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise KeyError("on purpose")
+
+    qat = QuantizationAwareTraining(RECIPE, convert=False)
+    run = trainer(callbacks=[qat, OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True)
+    with pytest.raises(KeyError, match="on purpose"):
+        run.fit(Crashes(32), loader())
+    model = qaware.load_from_checkpoint(Sized, tmp_path / "on_exception.ckpt")
+    assert type(model.body.up) is FakeQuantizedLinear
+
+
+def test_a_converted_model_is_not_saved_as_a_checkpoint(tmp_path: Path) -> None:
+    run = trainer()
+    run.strategy.connect(qaware.convert(qaware.prepare(LitLM(), RECIPE)).module)
+    with pytest.raises(QawareError, match=r"save it with QuantizedModel\.save"):
+        run.save_checkpoint(tmp_path / "converted.ckpt", weights_only=True)
+
+
+def test_a_prepared_module_is_pickled(tmp_path: Path) -> None:
+    model = qaware.prepare(LitLM(), RECIPE)
+    assert loss(pickle.loads(pickle.dumps(model))) == loss(model)
