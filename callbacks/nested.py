@@ -13,10 +13,17 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import HalfPrecision
+from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from qaware.callbacks.hooks import restore
 from qaware.sharded import copyable
+
+_BUILDERS = ("prepare_data", "setup", "configure_model", "teardown")
+# Lightning puts the compiled functions of a `torch.compile`d module into these attributes; in a copy they
+# would go on computing what the original computes.
+_COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
 def detached_copy(pl_module: pl.LightningModule) -> pl.LightningModule:
@@ -28,10 +35,14 @@ def detached_copy(pl_module: pl.LightningModule) -> pl.LightningModule:
     pl_module._trainer = None
     try:
         with copyable(pl_module) as whole:
-            memo = {**_graph_tensors(pl_module), id(pl_module._device_mesh): None, **whole}
+            foreign = (pl_module._device_mesh, pl_module._compiler_ctx)
+            memo = {**_graph_tensors(pl_module), **dict.fromkeys(map(id, foreign)), **whole}
             duplicate = copy.deepcopy(pl_module, memo)
     finally:
         pl_module._trainer = trainer
+    if pl_module._compiler_ctx is not None:
+        for name in _COMPILED:
+            vars(duplicate).pop(name, None)
     restore(duplicate)
     return duplicate.cpu().eval()
 
@@ -50,12 +61,15 @@ def validate(
     """One pass of ``module.validation_step`` over ``loader`` and the metrics that it logs.
 
     Args:
-        module: a detached copy; gets and loses a Trainer of its own.
+        module: a detached copy; gets and loses a Trainer of its own. It is built already, so its hooks that
+            build do not run again.
         loader: what ``Trainer.validate`` takes.
         limit: batches at most; 1.0 for all.
         callbacks: hooks into the loop.
     """
-    with _quiet():
+    # Low-precision modules want their batches converted; mixed precision keeps float32 weights.
+    half = _PRECISION.get(_dtype(module))
+    with _quiet(), _built(module):
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
@@ -66,7 +80,7 @@ def validate(
             limit_val_batches=limit,
             callbacks=callbacks,
             # Under torchrun or SLURM this one process is not the job that the environment describes.
-            plugins=[LightningEnvironment()],
+            plugins=[LightningEnvironment(), *([] if half is None else [_HalfInputs(half)])],
             # Tensors made under inference_mode could not be updated or trained afterwards.
             inference_mode=False,
         )
@@ -75,6 +89,38 @@ def validate(
         finally:
             module._trainer = None
             module.eval()
+
+
+class _HalfInputs(HalfPrecision):
+    """Half precision that converts the batches only: the module has been converted where it should be, and
+    its observers keep float32."""
+
+    def convert_module(self, module: Module) -> Module:
+        return module
+
+
+@contextmanager
+def _built(module: pl.LightningModule) -> Iterator[None]:
+    """Neither build the model anew, which would drop its quantizers, nor take it apart."""
+    for name in _BUILDERS:
+        object.__setattr__(module, name, _nothing)
+    try:
+        yield
+    finally:
+        for name in _BUILDERS:
+            del vars(module)[name]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In the place of a hook."""
+
+
+_PRECISION: dict[torch.dtype, Any] = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}
+
+
+def _dtype(module: pl.LightningModule) -> torch.dtype:
+    """That of the first weight which is not an integer."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 @contextmanager

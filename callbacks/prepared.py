@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from qaware.calibration import refuse_histogram
 from qaware.callbacks.data import find_target
 from qaware.callbacks.hooks import override
 from qaware.callbacks.nested import detached_copy
@@ -125,7 +126,8 @@ def restore_structure(pl_module: pl.LightningModule, checkpoint: dict[str, Any])
 
 
 def apply_plan(pl_module: pl.LightningModule, plan: Plan, target: str | None) -> None:
-    """Prepare the planned layers and remember how."""
+    """Prepare the planned layers for training and remember how."""
+    refuse_histogram(plan)
     ModulesEngine().prepare(find_target(pl_module, target), plan)
     set_state(pl_module, QuantizationState(PREPARED, plan, target))
 

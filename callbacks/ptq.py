@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from qaware.callbacks.base import QuantizationCallback
-from qaware.callbacks.data import find_target
+from qaware.calibration import Look, Share, calibrate, passes, require_loader, same_draws
+from qaware.callbacks.base import QuantizationCallback, refuse_double
+from qaware.callbacks.data import find_target, raw_loader
 from qaware.callbacks.nested import detached_copy, validate
 from qaware.engines.base import float_bytes
-from qaware.engines.fake_quant import set_fake_quant
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
-from qaware.observers import all_reduce, observers
 from qaware.pipeline import Pipeline
 from qaware.plan import Plan
 from qaware.recipe import Recipe
@@ -48,30 +52,49 @@ class PostTrainingQuantization(QuantizationCallback):
     ) -> None:
         """
         Args:
-            recipe, target, export, output_dir, score, score_batches, metrics, on_failure: see
-                :class:`QuantizationCallback`.
-            calibration: loader whose batches the validation step takes; default the training data.
-                Only recipes with static activations need it.
-            calibration_batches: how many batches are observed.
+            recipe: name, path of a YAML file, plain data, or a :class:`qaware.Recipe`.
+            target: name of the submodule to quantize and export; None for the whole module.
+            export: runtimes, e.g. ``["executorch", "aoti", "tract"]``.
+            output_dir: for artifacts and the report; default ``quantized`` in the Trainer's log folder.
+            score: measure before and after; needs validation data.
+            score_batches: validation batches that are scored at most.
+            metrics: further ``evaluate`` metrics, by name or path.
+            on_failure: ``raise`` at the end when an artifact fails, or ``warn``.
+            calibration: loader whose batches the validation step takes; default the training data, and
+                without any the validation data. Only recipes with static activations need it. Under several
+                processes every one takes the whole loader, and observes its share of the batches.
+            calibration_batches: how many batches are observed, by all processes together.
         """
         super().__init__(recipe, target, export, output_dir, score, score_batches, metrics, on_failure)
         if calibration_batches < 1:
             raise QawareError(f"calibration_batches: {calibration_batches} must be at least 1")
+        if calibration is not None:
+            require_loader(calibration)
         self.calibration = calibration
         self.calibration_batches = calibration_batches
         self._plan: Plan | None = None
+        self._loader: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse an impossible recipe before training."""
-        self._plan = self._float_plan(pl_module)
+        self._begin(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse an impossible recipe before validation."""
-        if trainer.state.fn == "validate":
-            self._plan = self._float_plan(pl_module)
+        """Refuse an impossible recipe before validation, and take the calibration data while it is there: a
+        datamodule may drop it when validation ends."""
+        if trainer.state.fn != "validate":
+            return
+        self._begin(trainer, pl_module)
+        if self._plan is not None and self._plan.needs_calibration:
+            # The loop runs in inference mode; data that is made here must be ordinary tensors.
+            with torch.inference_mode(False), same_draws():
+                self._loader = self._calibration_loader(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize what was trained."""
+        if self._plan is not None and self._plan.needs_calibration:
+            with same_draws():
+                self._loader = self._calibration_loader(trainer)
         self._quantize(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -80,13 +103,14 @@ class PostTrainingQuantization(QuantizationCallback):
         if stage == "validate":
             self._quantize(trainer, pl_module)
 
-    def _float_plan(self, pl_module: pl.LightningModule) -> Plan:
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refuse_double(trainer)
         if getattr(pl_module, "qaware_state", None) is not None:
             raise QawareError(
                 f"{type(pl_module).__name__}: was prepared for QAT; its result is in that callback, "
                 "or give PTQ a float model"
             )
-        return self.make_plan(pl_module)
+        self._plan = self.make_plan(pl_module)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         plan = self._plan
@@ -104,36 +128,57 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def _calibrate(self, trainer: pl.Trainer, prepared: pl.LightningModule, pipeline: Pipeline) -> None:
         """Run the user's validation step over calibration batches with the observers on, in float."""
-        loader = self._calibration_loader(trainer)
-        set_fake_quant(prepared, False)
-        for observer in observers(prepared):
-            observer.observing = True
-        with pipeline.progress("Calibrating", self.calibration_batches) as advance:
-            validate(prepared, loader, self.calibration_batches, [_Step(advance)])
-        for observer in observers(prepared):
-            observer.observing = False
-        all_reduce(prepared)
-        set_fake_quant(prepared, True)
+        shares, loader = _shared(self._loader, self.calibration_batches)
+        steps = math.ceil(self.calibration_batches / trainer.world_size) * len(shares) * passes(prepared)
+        with pipeline.progress("Calibrating", steps) as advance:
+
+            def run_pass(look: Look) -> None:
+                validate(prepared, loader, 1.0, [_Step(shares, look, advance)])
+
+            calibrate(prepared, run_pass)
+        self._loader = None
 
     def _calibration_loader(self, trainer: pl.Trainer) -> Any:
         if self.calibration is not None:
             return self.calibration
         datamodule = getattr(trainer, "datamodule", None)
-        if datamodule is not None:
-            return datamodule.train_dataloader()
-        if trainer.train_dataloader is not None:
-            return trainer.train_dataloader
-        raise QawareError(
-            f"calibration: recipe {self.recipe.name!r} has static activations, and the Trainer has no "
-            "training data to observe; give calibration= a loader"
+        if trainer.state.fn == "validate" and datamodule and is_overridden("train_dataloader", datamodule):
+            datamodule.setup("fit")  # Lightning set up the validation part only
+        loader = raw_loader(trainer, "train")
+        if loader is not None:
+            return loader
+        rank_zero_info(
+            f"qaware: {self.recipe.name} is calibrated on the validation data, which is also what is scored, "
+            "because there is no training data; give calibration= other data"
         )
+        return raw_loader(trainer, "val")
 
 
 class _Step(pl.Callback):
-    """Advances a bar after every batch."""
+    """Advances a bar after every batch; a batch that is only there to keep ranks together is not observed."""
 
-    def __init__(self, advance: Any) -> None:
+    def __init__(self, shares: list[Share], look: Look, advance: Callable[[], None]) -> None:
+        self.shares = shares
+        self.look = look
         self.advance = advance
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.look(batch_idx not in self.shares[dataloader_idx].repeats)
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         self.advance()
+
+
+def _shared(loader: Any, count: int) -> tuple[list[Share], CombinedLoader]:
+    """Every loader in the collection that ``Trainer.validate`` takes becomes this rank's share of it."""
+    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "sequential")
+    leaves, structure = tree_flatten(combined.iterables)
+    shares = [Share(leaf, count) for leaf in leaves]
+    return shares, CombinedLoader(tree_unflatten(shares, structure), combined._mode)

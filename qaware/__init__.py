@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qaware.api import quantize
     from qaware.callbacks import (
         PostTrainingQuantization,
         QuantizationAwareTraining,
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
         load_from_checkpoint,
         prepare,
     )
+    from qaware.engines.base import QuantizedModel
     from qaware.errors import ParityError, QawareError, RuntimeDiedError
     from qaware.plan import Decision, Plan
     from qaware.recipe import Recipe, Rule, recipe_names
     from qaware.scheme import Scheme
+    from qaware.storage import load_quantized
 
 from qaware import quiet
 
@@ -34,13 +37,16 @@ _HOME = {
     "PostTrainingQuantization": "qaware.callbacks",
     "QawareError": "qaware.errors",
     "QuantizationAwareTraining": "qaware.callbacks",
+    "QuantizedModel": "qaware.engines.base",
     "Recipe": "qaware.recipe",
     "Rule": "qaware.recipe",
     "RuntimeDiedError": "qaware.errors",
     "Scheme": "qaware.scheme",
     "convert": "qaware.callbacks.prepared",
     "load_from_checkpoint": "qaware.callbacks.prepared",
+    "load_quantized": "qaware.storage",
     "prepare": "qaware.callbacks.prepared",
+    "quantize": "qaware.api",
     "recipe_names": "qaware.recipe",
 }
 
@@ -51,13 +57,16 @@ __all__ = [
     "PostTrainingQuantization",
     "QawareError",
     "QuantizationAwareTraining",
+    "QuantizedModel",
     "Recipe",
     "Rule",
     "RuntimeDiedError",
     "Scheme",
     "convert",
     "load_from_checkpoint",
+    "load_quantized",
     "prepare",
+    "quantize",
     "recipe_names",
 ]
 

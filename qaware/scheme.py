@@ -10,6 +10,7 @@ from qaware.errors import QawareError
 
 ACTIVATIONS = ("none", "int8-dynamic", "int8-static")
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
+OBSERVERS = ("minmax", "histogram")
 FLOAT16_BITS = 16
 _DEFAULTS = (0, "none", True, "float32")
 
@@ -30,6 +31,9 @@ class Scheme:
     scale_dtype: str = "float32"
     """The precision that scales are rounded to, in training as in the artifact. ``bfloat16`` is what
     XNNPACK stores for groups and, above 2**-17, is exact in tract's float16 too."""
+    observer: str = "minmax"
+    """How the range of an ``int8-static`` activation is found: ``minmax``, all that was seen, or
+    ``histogram``, the part of it whose rounding costs least (calibration only, not QAT)."""
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or not (1 <= self.bits <= 8 or self.bits == FLOAT16_BITS):
@@ -38,6 +42,7 @@ class Scheme:
             raise QawareError(f"group_size: {self.group_size!r} must be 0 (one scale per channel), 2 or more")
         _one_of("activation", self.activation, ACTIVATIONS)
         _one_of("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        _one_of("observer", self.observer, OBSERVERS)
         if not isinstance(self.symmetric, bool):
             raise QawareError(f"symmetric: {self.symmetric!r} must be true or false")
         if (
@@ -45,6 +50,11 @@ class Scheme:
             and (self.group_size, self.activation, self.symmetric, self.scale_dtype) != _DEFAULTS
         ):
             raise QawareError("bits: 16 is float16, which has no group_size, activation, zero point or scale")
+        if self.observer != "minmax" and self.activation != "int8-static":
+            raise QawareError(
+                f"observer: {self.observer!r} calibrates a static activation; "
+                f"activation is {self.activation!r}, use int8-static or leave observer out"
+            )
 
     @property
     def is_float(self) -> bool:
@@ -59,7 +69,7 @@ class Scheme:
     @property
     def weight(self) -> Scheme:
         """This scheme without its activation part: two layers with equal ones can share integers."""
-        return dataclasses.replace(self, activation="none")
+        return dataclasses.replace(self, activation="none", observer="minmax")
 
     @property
     def label(self) -> str:
@@ -68,7 +78,9 @@ class Scheme:
             return "float16"
         grid = f"int{self.bits} " + (f"g{self.group_size}" if self.group_size else "channel")
         grid += "" if self.symmetric else " asym"
-        return grid if self.activation == "none" else f"{grid} + {self.activation}"
+        if self.activation == "none":
+            return grid
+        return f"{grid} + {self.activation}" + ("" if self.observer == "minmax" else f" {self.observer}")
 
     def block(self, width: int) -> int:
         """Weights that share one scale in a row of ``width`` weights."""

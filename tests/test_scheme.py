@@ -37,6 +37,11 @@ from qaware.scheme import ACTIVATIONS, SCALE_DTYPES, Scheme
         ({"bits": 4, "scale_dtype": "float64"}, "scale_dtype: 'float64'"),
         ({"bits": 4, "symmetric": 1}, "symmetric: 1 must be true or false"),
         ({"bits": 4, "symmetric": "false"}, "symmetric: 'false'"),
+        ({"bits": 8, "observer": "median"}, "observer: 'median' is not one of minmax, histogram"),
+        ({"bits": 8, "observer": None}, "observer: None"),
+        ({"bits": 8, "observer": "histogram"}, "activation is 'none', use int8-static"),
+        ({"bits": 8, "activation": "int8-dynamic", "observer": "histogram"}, "activation is 'int8-dynamic'"),
+        ({"bits": 16, "observer": "histogram"}, "observer: 'histogram' calibrates a static activation"),
         ({"bits": 16, "group_size": 32}, "bits: 16 is float16"),
         ({"bits": 16, "activation": "int8-dynamic"}, "bits: 16 is float16"),
         ({"bits": 16, "symmetric": False}, "bits: 16 is float16"),
@@ -82,6 +87,10 @@ def test_to_dict_leaves_defaults_out_but_never_bits() -> None:
         "symmetric": False,
         "scale_dtype": "bfloat16",
     }
+    assert "observer" not in Scheme(8, activation="int8-static").to_dict()
+    histogram = Scheme(8, activation="int8-static", observer="histogram")
+    assert histogram.to_dict()["observer"] == "histogram"
+    assert Scheme(**histogram.to_dict()) == histogram
 
 
 @pytest.mark.parametrize(
@@ -91,6 +100,7 @@ def test_to_dict_leaves_defaults_out_but_never_bits() -> None:
         (Scheme(4, 32), "int4 g32"),
         (Scheme(4, 32, "int8-dynamic", scale_dtype="bfloat16"), "int4 g32 + int8-dynamic"),
         (Scheme(2, 8, "int8-static", symmetric=False), "int2 g8 asym + int8-static"),
+        (Scheme(8, activation="int8-static", observer="histogram"), "int8 channel + int8-static histogram"),
         (Scheme(16), "float16"),
     ],
 )
@@ -99,7 +109,7 @@ def test_label(scheme: Scheme, label: str) -> None:
 
 
 def test_weight_drops_the_activation_only() -> None:
-    scheme = Scheme(4, 32, "int8-static", False, "float16")
+    scheme = Scheme(4, 32, "int8-static", False, "float16", "histogram")
     assert scheme.weight == Scheme(4, 32, "none", False, "float16")
     assert scheme.weight.weight == scheme.weight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -54,6 +55,12 @@ class QuantizedModel:
     """By module name, e.g. ``model.layers.0.mlp.down_proj``."""
     activations: dict[str, ActivationRange] = field(default_factory=dict)
     """By module name, for layers whose scheme has a static activation."""
+
+    def save(self, path: str | Path) -> None:
+        """Write one file that :func:`qaware.load_quantized` reads; see :mod:`qaware.storage`."""
+        from qaware.storage import save
+
+        save(self, Path(path))
 
     @property
     def bytes(self) -> int:

@@ -114,5 +114,6 @@ def _candidates(decision: Decision) -> Iterator[Scheme]:
         dict.fromkeys((wanted.scale_dtype, "bfloat16", "float32")),
         groups,
     ):
-        yield Scheme(bits, group, activation, symmetric, dtype)
+        observer = wanted.observer if activation == wanted.activation else "minmax"
+        yield Scheme(bits, group, activation, symmetric, dtype, observer)
     yield Scheme(FLOAT16_BITS)

@@ -53,7 +53,7 @@ def strategy(world: int) -> dict[str, Any]:
 
 def in_order(dataset: Any, world: int, batch_size: int) -> DataLoader[Any]:
     """The ranks' batches together are the batches of one process; Lightning's own sampler would shuffle."""
-    sampler = DistributedSampler(dataset, world, rank(), shuffle=False)
+    sampler = DistributedSampler(dataset, world, rank() % world, shuffle=False)
     return DataLoader(dataset, batch_size=batch_size // world, sampler=sampler)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -63,3 +64,19 @@ def test_a_copy_can_still_be_trained_after_validate() -> None:
     duplicate.train()
     duplicate.loss(next(iter(loader()))).backward()
     assert torch.isfinite(duplicate.body.up.weight.grad).all()
+
+
+def test_the_copy_of_a_compiled_module_computes_by_itself() -> None:
+    class Steps(LitLM):
+        def validation_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+            return self.loss(batch)  # self.log cannot be compiled
+
+    model = Steps()
+    run = trainer(max_epochs=1)
+    run.fit(torch.compile(model, backend="eager"), loader())
+    duplicate = detached_copy(model)
+    with torch.no_grad():
+        duplicate.body.head.weight.zero_()
+    batch = next(iter(loader()))
+    assert duplicate.validation_step(batch, 0).item() == pytest.approx(math.log(64))
+    assert model.validation_step(batch, 0).item() < math.log(64) - 0.1

@@ -169,3 +169,12 @@ def test_a_converted_model_is_not_saved_as_a_checkpoint(tmp_path: Path) -> None:
 def test_a_prepared_module_is_pickled(tmp_path: Path) -> None:
     model = qaware.prepare(LitLM(), RECIPE)
     assert loss(pickle.loads(pickle.dumps(model))) == loss(model)
+
+
+def test_histograms_are_refused_in_training() -> None:
+    scheme = {"bits": 8, "activation": "int8-static", "observer": "histogram"}
+    recipe = {"rules": [{"type": "Linear", "scheme": scheme}]}
+    model = LitLM()
+    with pytest.raises(QawareError, match=r"body\.up: observer: 'histogram' needs two passes"):
+        trainer(callbacks=[QuantizationAwareTraining(recipe)]).fit(model, loader())
+    assert model.losses == []

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import calibration_ranks
 import lightning.pytorch as pl
 import pytest
 import torch
 from lit import LitClassifier, LitLM, images, loader, trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+import qaware
 from qaware import ParityError, PostTrainingQuantization, QawareError, QuantizationAwareTraining
+from qaware.engines.base import ActivationRange
 from qaware.exporters.artifact import Artifact
 from qaware.report.ledger import read_rows
 
@@ -69,12 +80,6 @@ def test_calibration_takes_as_many_batches_as_asked(tmp_path: Path) -> None:
     run = trainer(callbacks=[ptq])
     run.validate(Counts(), images(1), verbose=False)
     assert len(seen) == 4 + 2
-
-
-def test_static_recipe_without_data_to_observe(tmp_path: Path) -> None:
-    ptq = PostTrainingQuantization("int8-static", target="net", output_dir=tmp_path)
-    with pytest.raises(QawareError, match="calibration: recipe 'int8-static' has static activations"):
-        trainer(callbacks=[ptq]).validate(LitClassifier(), images(1), verbose=False)
 
 
 @pytest.mark.usefixtures("fake_runtime")
@@ -191,3 +196,243 @@ def test_fast_dev_run_converts_without_exporting(tmp_path: Path) -> None:
     assert ptq.result is not None
     assert ptq.result.artifacts == {}
     assert isinstance(ptq, pl.Callback)
+
+
+def calibrated(ptq: PostTrainingQuantization) -> dict[str, ActivationRange]:
+    assert ptq.result is not None
+    return ptq.result.model.activations
+
+
+def static(observer: str = "minmax", **options: Any) -> PostTrainingQuantization:
+    scheme = {"bits": 8, "activation": "int8-static", "observer": observer}
+    recipe = {"name": observer, "rules": [{"type": "Linear", "scheme": scheme}]}
+    return PostTrainingQuantization(recipe, score=False, **options)
+
+
+def classifier() -> LitClassifier:
+    torch.manual_seed(0)
+    return LitClassifier()
+
+
+def input_scale(*loaders: Any, count: int = 32) -> float:
+    """Of the first layer: what it sees is the data."""
+    seen = torch.cat([batch[0] for data in loaders for batch in itertools.islice(data, count)])
+    return (float(seen.max()) - float(seen.min())) / 255
+
+
+@pytest.mark.parametrize("observer", ["minmax", "histogram"])
+def test_validation_and_sanity_data_moves_no_range(observer: str, tmp_path: Path) -> None:
+    """The only model of which observers are told is a copy, and it is calibrated on training data."""
+    found = []
+    for sanity, validation in ((0, images(1)), (2, images(1, scale=50.0))):
+        torch.manual_seed(0)
+        ptq = static(observer, output_dir=tmp_path / str(sanity))
+        model = classifier()
+        run = trainer(callbacks=[ptq], num_sanity_val_steps=sanity)
+        run.fit(model, images(), validation)
+        found.append(calibrated(ptq))
+    assert found[0] == found[1]
+
+
+def test_without_training_data_the_validation_data_calibrates_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ptq = static(target="net", output_dir=tmp_path)
+    with caplog.at_level("INFO"):
+        trainer(callbacks=[ptq]).validate(classifier(), images(1), verbose=False)
+    assert calibrated(ptq)["0"].scale == pytest.approx(input_scale(images(1)), rel=1e-6)
+    said = [r.message for r in caplog.records if "calibrated on the validation data" in r.message]
+    assert len(said) == 1
+    assert "give calibration= other data" in said[0]
+
+
+def test_given_calibration_data_comes_first(tmp_path: Path) -> None:
+    ptq = static(target="net", output_dir=tmp_path, calibration=images(5), calibration_batches=3)
+    trainer(callbacks=[ptq]).fit(classifier(), images(), images(1))
+    assert calibrated(ptq)["0"].scale == pytest.approx(input_scale(images(5), count=3), rel=1e-6)
+
+
+def test_calibration_data_that_cannot_work(tmp_path: Path) -> None:
+    for wrong in (7, torch.ones(2, 16), "train"):
+        with pytest.raises(QawareError, match=r"calibration: a .* is no loader"):
+            static(calibration=wrong)
+    nothing = static(target="net", output_dir=tmp_path, calibration=DataLoader([]))
+    with pytest.raises(QawareError, match="calibration: the loader gave no batch"):
+        trainer(callbacks=[nothing]).validate(classifier(), images(1), verbose=False)
+    broken = [(torch.full((4, 16), torch.nan), torch.zeros(4, dtype=torch.int64))]
+    unseen = static(target="net", output_dir=tmp_path, calibration=DataLoader(broken, batch_size=None))
+    with pytest.raises(QawareError, match=r"net\.0, net\.2: calibration saw no finite activation"):
+        trainer(callbacks=[unseen]).validate(classifier(), images(1), verbose=False)
+
+
+class Stages(pl.LightningDataModule):
+    """Builds each part in its own stage, as Lightning's documentation has it, and drops all in the end."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.train = images()
+        self.val = images(1, scale=9.0)
+
+    def train_dataloader(self) -> Any:
+        return self.train
+
+    def val_dataloader(self) -> Any:
+        return self.val
+
+    def teardown(self, stage: str) -> None:
+        del self.val
+
+
+@pytest.mark.parametrize("observer", ["minmax", "histogram"])
+@pytest.mark.parametrize("fit", [True, False])
+def test_a_datamodule_calibrates_on_its_training_part(fit: bool, observer: str, tmp_path: Path) -> None:
+    ptq = static(observer, target="net", output_dir=tmp_path)
+    run = trainer(callbacks=[ptq], max_epochs=1)
+    if fit:
+        run.fit(classifier(), datamodule=Stages())
+    else:
+        run.validate(classifier(), datamodule=Stages(), verbose=False)
+    expected = input_scale(images())
+    assert 0.9 * expected < calibrated(ptq)["0"].scale <= 1.000001 * expected
+
+
+def test_a_datamodule_without_training_part_calibrates_on_validation_data(tmp_path: Path) -> None:
+    class Only(pl.LightningDataModule):
+        def val_dataloader(self) -> Any:
+            return images(1)
+
+    ptq = static(target="net", output_dir=tmp_path)
+    trainer(callbacks=[ptq]).validate(classifier(), datamodule=Only(), verbose=False)
+    assert calibrated(ptq)["0"].scale == pytest.approx(input_scale(images(1)), rel=1e-6)
+
+
+@dataclass
+class Sample:
+    x: Tensor
+    label: Tensor
+
+
+class Custom:
+    """Neither a container nor anything that knows how to move."""
+
+    def __init__(self, x: Tensor, label: Tensor) -> None:
+        self.x, self.label = x, label
+
+
+KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tuple": (lambda x, y: (x, y), lambda batch: batch[0]),
+    "dict": (lambda x, y: {"image": x, "label": y}, lambda batch: batch["image"]),
+    "nested": (lambda x, y: {"in": [x, {"deep": x}], "y": y}, lambda batch: batch["in"][1]["deep"]),
+    "dataclass": (Sample, lambda batch: batch.x),
+    "custom": (Custom, lambda batch: batch.x),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fit", [True, False])
+def test_any_batch_that_the_validation_step_takes(kind: str, fit: bool, tmp_path: Path) -> None:
+    make, x_of = KINDS[kind]
+
+    class Lit(LitClassifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(x_of(batch)).square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self.net(x_of(batch)).square().mean(), batch_size=16)
+
+    def batches(seed: int) -> list[Any]:
+        return [make(x, y) for x, y in images(seed)]
+
+    torch.manual_seed(0)
+    ptq = PostTrainingQuantization("int8-static", target="net", output_dir=tmp_path)
+    data = [DataLoader(batches(seed), batch_size=None, collate_fn=lambda b: b) for seed in (0, 1)]
+    run = trainer(callbacks=[ptq], max_epochs=1)
+    if fit:
+        run.fit(Lit(), *data)
+    else:
+        run.validate(Lit(), data[1], verbose=False)
+    assert calibrated(ptq)["0"].scale == pytest.approx(input_scale(images(0 if fit else 1)), rel=1e-6)
+
+
+class Late(LitClassifier):
+    """Built in ``configure_model``."""
+
+    guarded = True
+
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+        self.net: Any = None
+
+    def configure_model(self) -> None:
+        if self.net is None or not self.guarded:
+            torch.manual_seed(3)
+            self.net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+
+
+class Unguarded(Late):
+    guarded = False
+
+
+class InSetup(Unguarded):
+    def configure_model(self) -> None:
+        """Nothing is left to do."""
+
+    def setup(self, stage: str) -> None:
+        super().configure_model()
+
+
+@pytest.mark.parametrize("observer", ["minmax", "histogram"])
+@pytest.mark.parametrize("kind", [Late, Unguarded, InSetup])
+def test_a_model_built_in_a_hook(kind: type[Late], observer: str, tmp_path: Path) -> None:
+    ptq = static(observer, target="net", output_dir=tmp_path)
+    model = kind()
+    trainer(callbacks=[ptq]).validate(model, images(1), verbose=False)
+    assert set(calibrated(ptq)) == {"0", "2"}
+    plain = copy.deepcopy(model.net).eval()
+    expected = qaware.quantize(plain, ptq.recipe, images(1))
+    assert calibrated(ptq) == expected.activations
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_is_calibrated(precision: str, tmp_path: Path) -> None:
+    ptq = static(target="net", output_dir=tmp_path)
+    trainer(callbacks=[ptq], precision=precision, max_epochs=1).fit(classifier(), images(), images(1))
+    assert calibrated(ptq)["0"].scale == pytest.approx(input_scale(images()), rel=1e-2)
+
+
+def test_double_precision_is_refused_before_anything_runs() -> None:
+    for begin in ("fit", "validate"):
+        with pytest.raises(QawareError, match=r"precision: '64-true' makes float64 weights"):
+            getattr(trainer(callbacks=[static()], precision="64-true"), begin)(classifier(), images())
+
+
+def test_several_loaders_and_their_batches(tmp_path: Path) -> None:
+    class Two(LitClassifier):
+        def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.net(batch[0])
+
+    torch.manual_seed(0)
+    ptq = static(target="net", output_dir=tmp_path, calibration_batches=2)
+    trainer(callbacks=[ptq]).validate(Two(), [images(1), images(2, scale=3.0)], verbose=False)
+    seen = input_scale(images(1), images(2, scale=3.0), count=2)
+    assert calibrated(ptq)["0"].scale == pytest.approx(seen, rel=1e-6)
+
+
+def test_calibration_draws_no_random_numbers_of_the_caller(tmp_path: Path) -> None:
+    draws = []
+    for calibration in (None, DataLoader(images(5).dataset, batch_size=16, shuffle=True)):
+        ptq = static(output_dir=tmp_path / str(len(draws)), calibration=calibration)
+        trainer(callbacks=[ptq]).fit(classifier(), images(), images(1))
+        draws.append(torch.rand(3))
+    assert torch.equal(draws[0], draws[1])
+
+
+def test_ranges_are_identical_for_one_and_two_processes(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("calibration_ranks.py")
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = calibration_ranks.job(1, tmp_path)
+    assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
+    assert alone["minmax fit"] == alone["minmax validate"], "without a step the model is the same"
+    assert alone["minmax fit"] != alone["histogram fit"]

@@ -95,6 +95,14 @@ def test_a_channel_stays_a_channel_where_that_is_not_the_problem(
     assert nearest([Fake("f", holds)], STATIC) == expected
 
 
+def test_a_static_activation_keeps_its_observer_and_another_has_none() -> None:
+    made = plan(Rule(Scheme(8, activation="int8-static", observer="histogram"), name="down_proj"))
+    assert nearest([Fake("f", lambda s: s.scale_dtype == "bfloat16")], made) == Scheme(
+        8, 0, "int8-static", scale_dtype="bfloat16", observer="histogram"
+    )
+    assert nearest([Fake("f", lambda s: s.activation != "int8-static")], made) == Scheme(8, 0, "int8-dynamic")
+
+
 def test_a_far_group_is_found_before_the_scheme_changes() -> None:
     made = Recipe("r", (Rule(Scheme(4, 32), type="Linear"),)).match(nn.Sequential(nn.Linear(4096, 8)))
     assert check(made, [Fake("f", lambda s: s.group_size == 2048)])[0].nearest == Scheme(4, 2048)

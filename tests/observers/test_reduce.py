@@ -8,14 +8,25 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
-from qaware.observers import MinMaxObserver, all_reduce, observers
+from qaware.observers import HistogramObserver, MinMaxObserver, all_reduce, observers
 
 
 def model() -> nn.Module:
-    """Two observers, of which rank 1 never uses the second, beside a layer that must not change."""
-    return nn.ModuleDict({"a": MinMaxObserver(), "b": nn.Sequential(nn.Linear(2, 2), MinMaxObserver())})
+    """Observers, of which rank 1 never uses the second, beside a layer that must not change."""
+    second = nn.Sequential(nn.Linear(2, 2), MinMaxObserver())
+    return nn.ModuleDict({"a": MinMaxObserver(), "b": second, "c": HistogramObserver()})
+
+
+def batches() -> list[Tensor]:
+    return list((torch.randn(3000, generator=torch.Generator().manual_seed(0)) ** 3).chunk(5))
+
+
+def watch(histogram: HistogramObserver, share: list[Tensor], index: int) -> None:
+    histogram.observing, histogram.pass_index = True, index
+    for batch in share:
+        histogram(batch)
 
 
 def work(rank: int, folder: str) -> None:
@@ -30,7 +41,9 @@ def work(rank: int, folder: str) -> None:
     net["a"](torch.tensor([-1.0 - rank, 5.0 + rank]))
     if rank == 0:
         net["b"][1](torch.tensor([-7.0, 3.0]))
-    all_reduce(net)
+    for index in (0, 1):
+        watch(net["c"], batches()[rank::2], index)
+        all_reduce(net)
     all_reduce(nn.Linear(2, 2))  # nothing to do, on any rank
     torch.save(net.state_dict(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -43,6 +56,11 @@ def test_two_processes(tmp_path: Path) -> None:
         assert (float(state["a.min_val"]), float(state["a.max_val"])) == (-2, 6)
         assert (float(state["b.1.min_val"]), float(state["b.1.max_val"])) == (-7, 3)
         assert bool((state["b.0.weight"] == rank).all())
+    alone = HistogramObserver()
+    for index in (0, 1):
+        watch(alone, batches(), index)
+    for state in states:
+        assert all(torch.equal(state[f"c.{key}"], value) for key, value in alone.state_dict().items())
 
 
 def test_one_process_is_left_as_it_is() -> None:
@@ -55,5 +73,5 @@ def test_one_process_is_left_as_it_is() -> None:
 
 def test_observers_finds_all_and_only_them() -> None:
     net = model()
-    assert list(observers(net)) == [net["a"], net["b"][1]]
+    assert list(observers(net)) == [net["a"], net["b"][1], net["c"]]
     assert list(observers(nn.Linear(2, 2))) == []

@@ -1,0 +1,162 @@
+"""Quantize a plain ``nn.Module``, without a Trainer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.utils import TorchAOBaseTensor
+
+from qaware.calibration import Look, Share, calibrate, require_loader
+from qaware.engines.base import QuantizedModel
+from qaware.engines.modules import ModulesEngine
+from qaware.errors import QawareError
+from qaware.recipe import Recipe
+
+Step = Callable[[nn.Module, Any], Any]
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | dict[str, Any] | Recipe,
+    calibration: Iterable[Any] | None = None,
+    calibration_batches: int = 32,
+    step: Step | None = None,
+) -> QuantizedModel:
+    """Post-training quantization of a copy of ``model``, which itself is not changed.
+
+    Args:
+        model: any module, on any device, training or not.
+        recipe: name, path of a YAML file, plain data, or a :class:`qaware.Recipe`.
+        calibration: a loader or list of batches, run through the model in evaluation mode and without
+            gradients. Only recipes with static activations need it, others leave it alone. A tensor is the
+            one argument of ``forward``; of a mapping or dataclass ``forward`` gets what it has a keyword for;
+            of a tuple or list as many items as it takes by position, so that labels behind the inputs are
+            left out. Under ``torch.distributed`` every process gives the whole loader.
+        calibration_batches: batches to observe at most.
+        step: runs a batch of any other kind: ``step(model, batch)``.
+
+    Raises:
+        QawareError: the recipe fits nothing or needs data that is not there, a batch does not fit
+            ``forward``, or a layer saw nothing finite.
+    """
+    _refuse_quantized(model)
+    plan = Recipe.load(recipe).match(model)
+    plan.require_possible()
+    if plan.needs_calibration:
+        share = _share(calibration, calibration_batches, plan.recipe.name)
+    # Tensors made in inference mode, which the caller may be in, could not be exported later.
+    with torch.inference_mode(False), torch.no_grad():
+        prepared = ModulesEngine().prepare(_copy(model).eval(), plan)
+        if plan.needs_calibration:
+            calibrate(prepared, lambda look: _run(prepared, share, step or _forward, look))
+        return ModulesEngine().convert(prepared, plan)
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_fake_quantizer"):
+            raise QawareError(f"{name}: is prepared for QAT; use qaware.convert, or give a float model")
+        if isinstance(getattr(module, "weight", None), TorchAOBaseTensor):
+            raise QawareError(f"{name}: has an integer weight already; give the float model")
+
+
+def _share(calibration: Any, batches: int, recipe: str) -> Share:
+    if batches < 1:
+        raise QawareError(f"calibration_batches: {batches} must be at least 1")
+    if calibration is None:
+        raise QawareError(
+            f"calibration: recipe {recipe!r} has static activations, whose ranges come from data; "
+            "give calibration= a loader"
+        )
+    require_loader(calibration)
+    if isinstance(calibration, Mapping):
+        raise QawareError("calibration: a mapping is one batch; give a loader, or a list of batches")
+    return Share(calibration, batches)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; that of a LightningModule has no Trainer."""
+    return copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None})
+
+
+def _run(model: nn.Module, share: Share, step: Step, look: Look) -> None:
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    for position, batch in enumerate(share):
+        look(position not in share.repeats)
+        step(model, _move(batch, device))
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    """Tensors inside plain containers, dataclasses, and whatever has a ``to``."""
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _move(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        items = [_move(item, device) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if _is_dataclass(batch):
+        moved = copy.copy(batch)
+        for name, value in _fields(batch).items():
+            object.__setattr__(moved, name, _move(value, device))
+        return moved
+    return batch
+
+
+def _is_dataclass(batch: Any) -> bool:
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+
+
+def _fields(batch: Any) -> dict[str, Any]:
+    return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    """Call ``model`` with what its ``forward`` takes of ``batch``."""
+    signature = inspect.signature(model.forward)
+    args, kwargs = _arguments(signature, batch)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise QawareError(
+            f"calibration: a batch of type {_describe(batch)} does not fit forward{signature} ({error}); "
+            "give step=, a function (model, batch) that calls the model"
+        ) from error
+    model(*args, **kwargs)
+
+
+def _arguments(signature: inspect.Signature, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping) or _is_dataclass(batch):
+        given = batch if isinstance(batch, Mapping) else _fields(batch)
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            return (), dict(given)
+        takes = {
+            n for n, p in signature.parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+        }
+        return (), {key: value for key, value in given.items() if key in takes}
+    if isinstance(batch, (tuple, list)):
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            return tuple(batch), {}
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return tuple(batch[: sum(kind in by_position for kind in kinds)]), {}
+    raise QawareError(
+        f"calibration: a batch of type {type(batch).__name__} has no obvious way into forward; "
+        "give step=, a function (model, batch) that calls the model"
+    )
+
+
+def _describe(batch: Any) -> str:
+    """The type of a batch and what it holds."""
+    name = type(batch).__name__
+    if isinstance(batch, Mapping):
+        return f"{name} with keys {', '.join(map(str, batch))}"
+    return f"{name} of {len(batch)}" if isinstance(batch, (tuple, list)) else name
