@@ -8,16 +8,29 @@ from collections.abc import Iterator
 import lightning.pytorch as pl
 from torch.optim.swa_utils import AveragedModel
 
+from qaware.errors import QawareError
 
-def averages(trainer: pl.Trainer) -> Iterator[pl.LightningModule]:
+
+def averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[pl.LightningModule]:
     """The averages of ``WeightAveraging`` and ``StochasticWeightAveraging``, which copy the module in their
-    ``setup``: those that come before the QAT callback copied a float one."""
+    ``setup``: those that come before the QAT callback copied a float one.
+
+    Raises:
+        QawareError: there were no layers to copy yet; Lightning would average nothing, without a word.
+    """
+    wanted = sum(1 for _ in pl_module.parameters())
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
         if isinstance(average, AveragedModel):
             average = average.module
-        if isinstance(average, pl.LightningModule):
-            yield average
+        if not isinstance(average, pl.LightningModule):
+            continue
+        if sum(1 for _ in average.parameters()) != wanted:
+            raise QawareError(
+                f"{type(callback).__name__}: copied {type(pl_module).__name__} before its layers were built, "
+                "and would average nothing; build them in __init__"
+            )
+        yield average
 
 
 def expect_override() -> None:

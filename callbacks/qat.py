@@ -13,11 +13,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from qaware.callbacks.averages import averages, expect_override
 from qaware.callbacks.base import QuantizationCallback, refuse_double
 from qaware.callbacks.data import find_target
+from qaware.callbacks.distillation import Distillation, float_copy, require_loss
 from qaware.callbacks.hooks import override, restore
 from qaware.callbacks.launchers import require_prepared
 from qaware.callbacks.nested import detached_copy
-from qaware.callbacks.prepared import apply_plan, require_continuation, restore_structure
-from qaware.callbacks.state import KEY, get_state, require_same_recipe, to_checkpoint
+from qaware.callbacks.prepared import apply_plan, is_built, require_continuation, restore_structure
+from qaware.callbacks.state import KEY, get_state, require_same_recipe
 from qaware.engines.base import float_bytes
 from qaware.engines.fake_quant import is_rounding, set_fake_quant
 from qaware.errors import QawareError
@@ -54,15 +55,24 @@ class QuantizationAwareTraining(QuantizationCallback):
         start_step: int = 0,
         freeze_observers_step: int | None = None,
         convert: bool = True,
+        distillation: float = 0.0,
     ) -> None:
         """
         Args:
-            recipe, target, export, output_dir, score, score_batches, metrics, on_failure: see
-                :class:`QuantizationCallback`.
+            recipe: name, path of a YAML file, plain data, or a :class:`qaware.Recipe`.
+            target: name of the submodule to quantize and export; None for the whole module.
+            export: runtimes, e.g. ``["executorch", "aoti", "tract"]``.
+            output_dir: for artifacts and the report; default ``quantized`` in the Trainer's log folder.
+            score: measure before and after; needs validation data.
+            score_batches: validation batches that are scored at most.
+            metrics: further ``evaluate`` metrics, by name or path.
+            on_failure: ``raise`` at the end when an artifact fails, or ``warn``.
             start_step: optimizer step from which the forward pass rounds; before it training is float
                 (observers already look).
             freeze_observers_step: optimizer step from which static activation ranges stay; None for never.
             convert: convert, score and export at the end of fit.
+            distillation: share of the loss, 0 to 1, that is the divergence from the outputs of the float
+                model of step 0, instead of your own loss.
         """
         super().__init__(recipe, target, export, output_dir, score, score_batches, metrics, on_failure)
         if start_step < 0:
@@ -72,6 +82,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.start_step = start_step
         self.freeze_observers_step = freeze_observers_step
         self.convert = convert
+        self._teacher = Distillation(distillation, target)
+        self.distillation = self._teacher.weight
         self._task: Task | None = None
         self._plan: Plan | None = None
         self._begun = False
@@ -84,27 +96,36 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data, readable by the next version."""
-        return {"recipe_hash": self.recipe.hash}
+        return {"recipe_hash": self.recipe.hash, **self._teacher.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The float model to learn from; the schedule needs no state."""
+        if self.distillation:
+            self._teacher.load_state_dict(state_dict)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare before the optimizer exists, before a checkpoint is restored, before any wrapping."""
+        if self._module is None or self._module() is not pl_module:
+            self._teacher.forget()
         super().setup(trainer, pl_module, stage)
         self._begun = self._was_rounding = False
         if stage == "fit":
             self._setup_fit(trainer, pl_module)
         override(pl_module, "on_load_checkpoint", self._on_module_load)
-        override(pl_module, "on_save_checkpoint", _on_module_save)
 
     def _setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         refuse_double(trainer)
         require_prepared(trainer, pl_module)
         require_continuation(pl_module, self.recipe, self.target)
+        if self.distillation:
+            require_loss(pl_module)
 
         def configure_model(module: pl.LightningModule, original: Any) -> None:
             original()
-            self._prepare(module)
-            for average in averages(trainer):
-                self._prepare_average(average)
+            if is_built(module):  # else called by an averaging callback, before LightningModule.setup
+                self._prepare(module)
+                for average in averages(trainer, module):
+                    self._prepare_average(average)
 
         if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             # Nothing is built later, and averaging callbacks after this one shall copy a prepared model.
@@ -139,6 +160,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             _add_missing_keys(module, checkpoint)
         original(checkpoint)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A model without a single layer says so."""
+        if get_state(pl_module) is None:
+            self._prepare(pl_module)
+
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The sanity check computes what the first training step will."""
         self._set_phase(trainer, pl_module, observing=False)
@@ -151,6 +177,13 @@ class QuantizationAwareTraining(QuantizationCallback):
             with isolate_rng():
                 self._task = self.make_task(trainer, pl_module)
         self._begin(trainer, pl_module)
+        if self.distillation:
+            gone = self._was_rounding and trainer.global_step > self.start_step
+            self._teacher.attach(pl_module, None if gone else float_copy(pl_module, self.target))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the teacher before the model is copied and scored."""
+        self._teacher.detach()
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, late: bool = False) -> None:
         """Once, when the forward pass begins to round: what was trained so far is the float model. After a
@@ -208,6 +241,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Lightning skips teardown then, so the overrides are removed here."""
+        self._teacher.detach()
         restore(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -223,14 +257,6 @@ def require_early_enough(module: pl.LightningModule) -> None:
             f"checkpoint: was prepared by qaware, and {type(strategy).__name__} loads the weights before a "
             "callback can prepare the model for them; call qaware.prepare(model, recipe, target) first"
         )
-
-
-def _on_module_save(module: pl.LightningModule, original: Any, checkpoint: dict[str, Any]) -> None:
-    """Mark the checkpoint; the module's hook also runs for weights-only checkpoints."""
-    state = get_state(module)
-    if state is not None:
-        checkpoint[KEY] = to_checkpoint(state, is_rounding(module))
-    original(checkpoint)
 
 
 def _add_missing_keys(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:

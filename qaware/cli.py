@@ -59,6 +59,9 @@ def make_parser() -> ArgumentParser:
     recipes = _parser("List the named recipes, or print one as YAML.")
     recipes.add_argument("name", type=str, nargs="?", help="a recipe")
     commands.add_subcommand("recipes", recipes, help="list the named recipes")
+    overlay = _parser("List the overlays for LightningCLI, or print one: qaware overlay qat > qat.yaml")
+    overlay.add_argument("name", type=str, nargs="?", help="an overlay")
+    commands.add_subcommand("overlay", overlay, help="print a configuration that adds a callback")
     return parser
 
 
@@ -156,12 +159,24 @@ def _recipes(options: Namespace) -> int:
     return 0
 
 
+def _overlay(options: Namespace) -> int:
+    from qaware.overlays import describe_overlay, overlay_names, read_overlay
+
+    if options.name is not None:
+        print(read_overlay(options.name), end="")
+        return 0
+    for name in overlay_names():
+        print(f"{name:<16} {describe_overlay(name)}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Any], int]] = {
     "run": _run,
     "check": _check,
     "report": _report,
     "evaluate": _evaluate,
     "recipes": _recipes,
+    "overlay": _overlay,
 }
 
 if __name__ == "__main__":

@@ -110,11 +110,27 @@ def build(place: str, spec: Any, kind: type[T]) -> T:
     if not isinstance(spec, Mapping) or set(spec) - {"class_path", "init_args"} or "class_path" not in spec:
         raise QawareError(f"{place}: {spec!r} must be {{class_path: ..., init_args: {{...}}}}")
     cls = _find_class(place, str(spec["class_path"]), kind)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, None, fail_untyped=False)
-    arguments = parse(parser, f"{place}.init_args", spec.get("init_args") or {})
-    instance: T = cls(**arguments)
+    instance: T = cls(**arguments_of(cls, f"{place}.init_args", spec.get("init_args") or {}))
     return instance
+
+
+def arguments_of(
+    cls: type, place: str, given: Mapping[str, Any], skip: set[str] | None = None
+) -> dict[str, Any]:
+    """All arguments of a class, with those ``given`` checked against its signature.
+
+    Args:
+        cls: whose ``__init__`` tells the names and types.
+        place: key of ``given``, for messages.
+        given: plain data.
+        skip: arguments that are passed in another way.
+
+    Raises:
+        QawareError: an unknown name or a wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, None, fail_untyped=False, skip=skip)
+    return parse(parser, place, given)
 
 
 def _find_class(place: str, path: str, kind: type) -> Any:

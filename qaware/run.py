@@ -17,7 +17,7 @@ from qaware.callbacks.base import QuantizationCallback
 from qaware.callbacks.data import make_task
 from qaware.callbacks.nested import detached_copy
 from qaware.callbacks.progress import trainer_progress
-from qaware.config import build
+from qaware.config import arguments_of, build
 from qaware.engines.base import float_bytes
 from qaware.errors import QawareError
 from qaware.experiment import Experiment, Quantize, build_model, check_plans
@@ -170,14 +170,12 @@ class Run:
         specs = given if isinstance(given, list) else [given] if given else []
         loggers = [build("trainer.logger", spec, Logger) for spec in specs]  # type: ignore[type-abstract]
         defaults = {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 10}
-        try:
-            return pl.Trainer(
-                **{**defaults, **options},
-                logger=loggers or CSVLogger(self.folder / "logs", name=label.replace(" ", "-"), version=""),
-                callbacks=[*own, *(callbacks or [])],
-            )
-        except TypeError as error:
-            raise QawareError(f"trainer: {error}; see the arguments of lightning.pytorch.Trainer") from error
+        arguments = arguments_of(pl.Trainer, "trainer", {**defaults, **options}, {"logger", "callbacks"})
+        return pl.Trainer(
+            **arguments,
+            logger=loggers or CSVLogger(self.folder / "logs", name=label.replace(" ", "-"), version=""),
+            callbacks=[*own, *(callbacks or [])],
+        )
 
     def _score_float(self, trainer: pl.Trainer, model: pl.LightningModule, label: str) -> None:
         module = detached_copy(model)

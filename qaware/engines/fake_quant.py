@@ -15,6 +15,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup, PerToken
 from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
 from torchao.quantization.quant_primitives import (
     MappingType,
+    _fake_quantize_affine,
     choose_qparams_affine,
     choose_qparams_affine_with_min_max,
 )
@@ -103,6 +104,23 @@ class TokenFakeQuantizer(IntxFakeQuantizer):
         # The scales of torchao's integer layer have the precision of its input; these must have it too.
         self.config.scale_precision = x.dtype
         rounded: Tensor = super().forward(x)
+        return rounded
+
+    def _per_token_forward(self, x: Tensor) -> Tensor:
+        # What torchao does, without a check that it imports from the deprecated torch.ao.quantization.
+        block = (*(1,) * (x.dim() - 1), x.shape[-1])
+        config = self.config
+        scale, zero_point = choose_qparams_affine(
+            x,
+            MappingType.ASYMMETRIC,
+            block,
+            torch.int8,
+            *INT8,
+            eps=config.eps,
+            scale_dtype=config.scale_precision,
+            zero_point_dtype=config.zero_point_precision,
+        )
+        rounded: Tensor = _fake_quantize_affine(x, block, scale, zero_point, torch.int32, *INT8)
         return rounded
 
 

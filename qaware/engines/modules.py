@@ -109,7 +109,8 @@ class ModulesEngine:
                 )
         result = QuantizedModel(model.eval(), plan, weights={})
         set_fake_quant(model, True)
-        # All before the first: a weight made later could get the address of one that is gone, and its integers.
+        # All before the first: a weight made later could get the address, and so the integers, of one that
+        # is gone.
         for name in plan.quantized:
             _finish_pruning(modules[name])
         lora = _lora_support(model)

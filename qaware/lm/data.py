@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from qaware.errors import QawareError
 from qaware.files import sha256
 from qaware.lm import batches, cache, documents, options, tokens
+from qaware.lm.resumable import ResumableLoader
 
 if TYPE_CHECKING:
     from qaware.metrics.windows import Windows
@@ -187,12 +188,13 @@ class TextDataModule(pl.LightningDataModule):
         return stream, batches.cut(stream, self.block_size, self.layout)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled ``{"input_ids"}``, int64 (batch, tokens); padded documents come with ``labels`` too."""
+        """Shuffled ``{"input_ids"}``, int64 (batch, tokens); padded documents come with ``labels`` too.
+        Can be resumed in the middle of an epoch."""
         self.setup("fit")
         collate: Any = batches.stack
         if self.layout == "documents":
             collate = functools.partial(batches.pad, filling=self.tokenizer_obj.pad_token_id or 0)
-        return DataLoader(
+        return ResumableLoader(
             self._train,
             batch_size=self.batch_size,
             sampler=batches.Shuffled(self._train, self.hparams["seed"]),
