@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 
-from qaware.calibration import refuse_histogram
 from qaware.callbacks.data import find_target
 from qaware.callbacks.hooks import override
 from qaware.callbacks.nested import detached_copy
+from qaware.callbacks.restoring import apply_plan, restore_structure
 from qaware.callbacks.state import (
     CONVERTED,
-    KEY,
     PREPARED,
     QuantizationState,
     get_state,
@@ -24,10 +22,8 @@ from qaware.callbacks.state import (
     set_state,
 )
 from qaware.engines.base import QuantizedModel
-from qaware.engines.fake_quant import set_fake_quant
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
-from qaware.plan import Plan
 from qaware.recipe import Recipe
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -71,13 +67,6 @@ def convert(pl_module: pl.LightningModule) -> QuantizedModel:
             "module that prepare(), load_from_checkpoint() or the callback prepared"
         )
     prepared = detached_copy(pl_module)
-    return convert_copy(prepared)
-
-
-def convert_copy(prepared: pl.LightningModule) -> QuantizedModel:
-    """Convert a copy of a prepared module in place, and remember that it cannot be trained any more."""
-    state = get_state(prepared)
-    assert state is not None
     quantized = ModulesEngine().convert(find_target(prepared, state.target), state.plan)
     set_state(prepared, QuantizationState(CONVERTED, state.plan, state.target))
     return quantized
@@ -106,30 +95,6 @@ def load_from_checkpoint(cls: type[Module], checkpoint_path: str | Path, **kwarg
     module: Module = hooked.load_from_checkpoint(checkpoint_path, **kwargs)
     module.__class__ = cls
     return module.eval()
-
-
-def restore_structure(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Prepare ``pl_module`` as the checkpoint says, so that its weights fit."""
-    saved = checkpoint.get(KEY)
-    if saved is None:
-        return
-    recipe, target = Recipe.from_dict(saved["recipe"]), saved["target"]
-    state = get_state(pl_module)
-    if state is None:
-        apply_plan(pl_module, recipe.match(find_target(pl_module, target)), target)
-    else:
-        require_same_recipe("checkpoint", recipe, target, state.plan.recipe, state.target)
-    fake_quant = saved.get("fake_quant", True)
-    set_fake_quant(pl_module, fake_quant)
-    if not fake_quant:
-        rank_zero_info("qaware: the checkpoint is from before start_step, so its forward pass does not round")
-
-
-def apply_plan(pl_module: pl.LightningModule, plan: Plan, target: str | None) -> None:
-    """Prepare the planned layers for training and remember how."""
-    refuse_histogram(plan)
-    ModulesEngine().prepare(find_target(pl_module, target), plan)
-    set_state(pl_module, QuantizationState(PREPARED, plan, target))
 
 
 def is_built(pl_module: pl.LightningModule) -> bool:

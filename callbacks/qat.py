@@ -17,7 +17,8 @@ from qaware.callbacks.distillation import Distillation, float_copy, require_loss
 from qaware.callbacks.hooks import override, restore
 from qaware.callbacks.launchers import require_prepared
 from qaware.callbacks.nested import detached_copy
-from qaware.callbacks.prepared import apply_plan, is_built, require_continuation, restore_structure
+from qaware.callbacks.prepared import is_built, require_continuation
+from qaware.callbacks.restoring import add_missing_keys, apply_plan, require_in_time, restore_structure
 from qaware.callbacks.state import KEY, get_state, require_same_recipe
 from qaware.engines.base import float_bytes
 from qaware.engines.fake_quant import is_rounding, set_fake_quant
@@ -72,7 +73,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             freeze_observers_step: optimizer step from which static activation ranges stay; None for never.
             convert: convert, score and export at the end of fit.
             distillation: share of the loss, 0 to 1, that is the divergence from the outputs of the float
-                model of step 0, instead of your own loss.
+                model of ``start_step``, instead of your own loss.
         """
         super().__init__(recipe, target, export, output_dir, score, score_batches, metrics, on_failure)
         if start_step < 0:
@@ -153,11 +154,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         if saved is not None:
             theirs = Recipe.from_dict(saved["recipe"])
             require_same_recipe("checkpoint", theirs, saved["target"], self.recipe, self.target)
-            require_early_enough(module)
+            require_in_time(module)
             restore_structure(module, checkpoint)
             self._was_rounding = is_rounding(module)
         elif get_state(module) is not None:
-            _add_missing_keys(module, checkpoint)
+            add_missing_keys(module, checkpoint)
         original(checkpoint)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -177,30 +178,31 @@ class QuantizationAwareTraining(QuantizationCallback):
             with isolate_rng():
                 self._task = self.make_task(trainer, pl_module)
         self._begin(trainer, pl_module)
-        if self.distillation:
-            gone = self._was_rounding and trainer.global_step > self.start_step
-            self._teacher.attach(pl_module, None if gone else float_copy(pl_module, self.target))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the teacher before the model is copied and scored."""
         self._teacher.detach()
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, late: bool = False) -> None:
-        """Once, when the forward pass begins to round: what was trained so far is the float model. After a
-        resume in that phase it is gone, and is not measured."""
-        if self._begun or (trainer.global_step < self.start_step and not late):
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Once, when the forward pass begins to round: what was trained so far is the float model, which is
+        measured and learned from. After a resume in that phase it is gone."""
+        if self._begun or trainer.global_step < self.start_step:
             return
         self._begun = True
-        measured = self._was_rounding or self.float_model is not None
-        if self.score and self._task is not None and not measured:
-            with isolate_rng():
-                self._measure_float(trainer, pl_module)
+        gone = self._was_rounding and trainer.global_step > self.start_step
+        if not gone:
+            self._measure_float(trainer, pl_module)
+        if self.distillation:
+            self._teacher.attach(pl_module, None if gone else float_copy(pl_module, self.target))
 
     def _measure_float(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.float_model = find_target(detached_copy(pl_module), self.target)
-        set_fake_quant(self.float_model, False)
-        pipeline = self.make_pipeline(trainer, self._task)
-        pipeline.score_module(self.float_label, "float", self.float_model, float_bytes(self.float_model))
+        if not self.score or self._task is None or self.float_model is not None:
+            return
+        self.float_model = float_copy(pl_module, self.target)
+        with isolate_rng():
+            self.make_pipeline(trainer, self._task).score_module(
+                self.float_label, "float", self.float_model, float_bytes(self.float_model)
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -227,7 +229,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         state = get_state(pl_module)
         if not self.convert or state is None:
             return
-        self._begin(trainer, pl_module, late=True)
+        if not self._begun:  # training ended before start_step
+            self._measure_float(trainer, pl_module)
         set_fake_quant(pl_module, True)
         prepared = detached_copy(pl_module)
         pipeline = self.make_pipeline(trainer, self._task)
@@ -247,22 +250,3 @@ class QuantizationAwareTraining(QuantizationCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove the overrides."""
         restore(pl_module)
-
-
-def require_early_enough(module: pl.LightningModule) -> None:
-    """Refuse to prepare ``module`` where its weights are loaded already."""
-    strategy = module.trainer.strategy
-    if strategy.restore_checkpoint_after_setup and get_state(module) is None:
-        raise QawareError(
-            f"checkpoint: was prepared by qaware, and {type(strategy).__name__} loads the weights before a "
-            "callback can prepare the model for them; call qaware.prepare(model, recipe, target) first"
-        )
-
-
-def _add_missing_keys(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """A float checkpoint knows no fake-quantizers; fresh ones stand in, so that loading stays strict. An
-    averaging callback saves the model twice."""
-    for part in ("state_dict", "current_model_state"):
-        for name, tensor in module.state_dict().items() if part in checkpoint else ():
-            if "_fake_quantizer." in name:
-                checkpoint[part].setdefault(name, tensor)

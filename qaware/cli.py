@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,27 @@ def _run(options: Namespace) -> int:
     from qaware.report.table import print_table
     from qaware.run import Run
 
-    # An experiment makes several Trainers; each would say again which accelerators there are.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     run = Run(read_experiment(load_config(options.config, options.trust or [])))
     try:
-        run.execute()
+        with _quiet_trainers():
+            run.execute()
     finally:
         if run.ledger.rows:
             print_table(run.ledger.rows, run.experiment.name)
             print(f"report: {run.folder / 'report.md'}")
     return 0
+
+
+@contextmanager
+def _quiet_trainers() -> Iterator[None]:
+    """An experiment makes several Trainers; each would say again which accelerators there are."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _check(options: Namespace) -> int:

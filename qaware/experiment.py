@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
 
 from qaware.callbacks.data import find_target
+from qaware.callbacks.distillation import require_share
 from qaware.config import Config, build, parse
 from qaware.errors import QawareError
 from qaware.exporters import get_exporter
@@ -38,6 +39,8 @@ class Quantize:
     """QAT: optimizer step from which the forward pass rounds."""
     freeze_observers_step: int | None = None
     """QAT: optimizer step from which static activation ranges stay."""
+    distillation: float = 0.0
+    """QAT: share of the loss, 0 to 1, that is the divergence from the float model instead of the own loss."""
     calibration_batches: int = 32
     """PTQ of static activations: batches that are observed."""
 
@@ -85,6 +88,7 @@ class Experiment:
                     raise QawareError(f"quantize[{i}].methods: {method!r} is not one of {', '.join(METHODS)}")
             for name in entry.export:
                 get_exporter(name)
+            require_share(entry.distillation)
         if not self.quantize:
             raise QawareError("quantize: is empty; give at least one {recipe: ...}")
         if self.uses_qat and self.finetune is None:

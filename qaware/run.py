@@ -132,6 +132,7 @@ class Run:
             on_failure="warn",
             start_step=entry.start_step,
             freeze_observers_step=entry.freeze_observers_step,
+            distillation=entry.distillation,
         )
         self._connect(qat, Comparison(CONTROL, ptq.label))
         qat.float_model = ptq.float_model

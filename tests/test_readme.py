@@ -22,13 +22,15 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("tract")
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    with_trainer, without_training, recipe = snippets("python")
+    with_trainer, without_training, plain, recipe = snippets("python")
     exec(with_trainer, scope)
     assert scope["qat"].result.scores["tract"].perplexity > 1
     assert scope["qat"].result.artifacts["tract"].path.exists()
     scope["model_to_quantize"] = type(scope["model"])(scope["model"].hparams["model"])
     exec(without_training, scope)
     assert scope["ptq"].result.scores["converted"].nats > 0
+    exec(plain, scope)
+    assert scope["same"].bytes == scope["quantized"].bytes
     exec(recipe, scope)
     assert scope["plan"].quantized
 

@@ -46,10 +46,13 @@ def from_weights(name: str) -> Any:
     folder = Path(name).expanduser()
     local = folder.is_dir()
     try:
+        only_cached = local or not hub_answers()
         with quiet_transformers() if local else nullcontext():
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder) if local else name,
-                local_files_only=local or not hub_answers(),
+                local_files_only=only_cached,
+                # Where peft is installed, transformers looks for an adapter of that name too.
+                adapter_kwargs={"local_files_only": only_cached},
                 output_loading_info=True,
                 dtype=torch.float32,
                 use_safetensors=True,

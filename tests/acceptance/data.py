@@ -17,7 +17,7 @@ class Counting(Dataset[dict[str, Tensor]]):
     """Arithmetic sequences modulo the vocabulary, with a mask; a larger ``scale`` makes larger
     activations."""
 
-    def __init__(self, seed: int, count: int, length: int, scale: float) -> None:
+    def __init__(self, seed: int, count: int, length: int, scale: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(seed)
         start = torch.randint(0, VOCAB, (count, 1), generator=generator)
         self.ids = (start + 3 * torch.arange(length)) % VOCAB

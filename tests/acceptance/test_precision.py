@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
 from qaware import QawareError
@@ -197,9 +198,9 @@ def test_case_41_a_missing_compiler_is_named_before_training(monkeypatch: pytest
     """AOTInductor needs a C++ compiler, which is no package."""
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     module = make()
-    with pytest.raises(QawareError, match=r"aoti: no C\+\+ compiler was found; install g\+\+"):
+    absent = inductor_config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with absent, pytest.raises(QawareError, match=r"aoti: no C\+\+ compiler was found; install g\+\+"):
         trainer(qat(INT4, export=["aoti"])).fit(module, sequences(), sequences(9))
     assert module.losses == []
 
