@@ -157,7 +157,7 @@ class Recipe:
 
     def match(self, model: nn.Module) -> Plan:
         """The fate of every parameter of ``model``; see :class:`qaware.plan.Plan`."""
-        from qaware.plan import make_plan
+        from qaware.matching import make_plan
 
         return make_plan(self, model)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from qaware.adapters import find_places, from_peft, successor
 from qaware.errors import QawareError
+from qaware.matching import rematch
 from qaware.plan import Plan
 from qaware.recipe import Recipe, Rule
 from qaware.roles import find_roles
@@ -58,7 +59,7 @@ def test_a_recipe_decides_the_same_with_and_without_adapters() -> None:
         (d.module, d.role, d.scheme, d.reason, d.type, d.shape) for d in plain.decisions
     ]
     assert under.layer("base_model.model.layers.0.q_proj.base_layer").scheme == Scheme(8)
-    assert under.under(Recipe("other", rules[2:])).quantized.keys() == {
+    assert rematch(under, Recipe("other", rules[2:])).quantized.keys() == {
         "base_model.model.lm_head.base_layer",
         "base_model.model.embed",
     }

@@ -17,7 +17,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 import qaware
 from qaware import QawareError
 from qaware.engines.base import QuantizedModel
-from qaware.engines.modules import StaticLinear
+from qaware.engines.integer import StaticLinear
 
 STATIC = {"rules": [{"type": "Linear", "scheme": {"bits": 8, "activation": "int8-static"}}]}
 HISTOGRAM = {

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchao.quantization import IntxUnpackedToInt8Tensor
@@ -20,49 +19,19 @@ from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 from qaware.adapters import from_peft
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
 from qaware.engines.fake_quant import (
-    INT8,
     StaticFakeQuantizer,
     activation_fake_quantizer,
     integer_dtype,
     set_fake_quant,
     weight_fake_quantizer,
 )
+from qaware.engines.integer import become_integer
 from qaware.errors import QawareError
 from qaware.plan import Decision, Plan
 from qaware.scheme import Scheme
 from qaware.sharded import set_class
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Float16Linear(nn.Linear):
-    """A linear layer whose weight is stored in float16 and multiplied in the input's dtype."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), dtype of ``input``."""
-        return F.linear(input, self.weight.to(input.dtype), self.bias)
-
-
-class Float16Embedding(nn.Embedding):
-    """An embedding whose table is stored in float16 and returned in the dtype that it was trained in."""
-
-    dtype: torch.dtype = torch.float32
-
-    def forward(self, input: Tensor) -> Tensor:
-        """int64 (...) to (..., embedding_dim)."""
-        return super().forward(input).to(self.dtype)
-
-
-class StaticLinear(nn.Linear):
-    """A linear layer whose input is rounded to int8 with a calibrated range."""
-
-    scale: float
-    zero_point: int
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        rounded = torch.fake_quantize_per_tensor_affine(input.float(), self.scale, self.zero_point, *INT8)
-        return F.linear(rounded.to(input.dtype), self.weight, self.bias)
 
 
 class ModulesEngine:
@@ -132,7 +101,7 @@ class ModulesEngine:
         give the dtype to compute in, their values are dropped."""
         modules = dict(model.named_modules())
         for name, decision in plan.quantized.items():
-            _become_integer(modules[name], decision, weights[name], activations.get(name))
+            become_integer(modules[name], decision, weights[name], activations.get(name))
         _leave_fast_path(model)
         return QuantizedModel(model.eval(), plan, weights, activations)
 
@@ -202,7 +171,7 @@ def _convert_layer(
         del module.activation_fake_quantizer
     if isinstance(activation, StaticFakeQuantizer):
         result.activations[name] = _range(name, activation)
-    _become_integer(module, decision, weight, result.activations.get(name))
+    become_integer(module, decision, weight, result.activations.get(name))
 
 
 def _range(name: str, activation: StaticFakeQuantizer) -> ActivationRange:
@@ -235,41 +204,3 @@ def _quantize(module: Any, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
         custom_zero_point=zero_point,
     )
     return QuantizedWeight(integers.qdata, scale.float(), None if scheme.symmetric else zero_point, scheme)
-
-
-def _become_integer(
-    module: Any, decision: Decision, weight: QuantizedWeight, activation: ActivationRange | None
-) -> None:
-    linear = decision.type == "Linear"
-    if weight.scheme.is_float:
-        module.__class__ = Float16Linear if linear else Float16Embedding
-        if not linear:
-            module.dtype = module.weight.dtype
-        module.weight = nn.Parameter(weight.data, requires_grad=False)
-    else:
-        module.__class__ = nn.Linear if linear else nn.Embedding
-        module.weight = nn.Parameter(
-            _integer_tensor(decision, weight, module.weight.dtype), requires_grad=False
-        )
-    if linear and module.bias is not None:
-        module.bias.requires_grad_(False)
-    if activation is not None:
-        module.__class__ = StaticLinear
-        module.scale, module.zero_point = activation.scale, activation.zero_point
-
-
-def _integer_tensor(decision: Decision, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    assert decision.scheme is not None
-    assert weight.scale is not None
-    zero_point = weight.zero_point
-    dynamic = decision.scheme.activation == "int8-dynamic"
-    tensor: Tensor = IntxUnpackedToInt8Tensor(
-        weight.data,
-        weight.scale,
-        torch.zeros_like(weight.scale, dtype=torch.int8) if zero_point is None else zero_point,
-        integer_dtype(weight.scheme),
-        (1, weight.scheme.block(weight.data.shape[1])),
-        dtype,
-        "int8_asym_per_token" if dynamic else None,
-    )
-    return tensor

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from qaware.errors import QawareError
 from qaware.exporters.base import Exporter
+from qaware.matching import rematch
 from qaware.plan import Decision, Plan, indivisible, nearest_groups
 from qaware.recipe import Recipe, recipe_names
 from qaware.scheme import FLOAT16_BITS, Scheme
@@ -74,7 +75,7 @@ def _merged(problems: Sequence[Problem]) -> list[str]:
 
 def _other_recipes(plan: Plan, exporters: Sequence[Exporter]) -> str:
     """The named recipes that every exporter can hold as they are."""
-    legal = [name for name in recipe_names() if not check(plan.under(Recipe.load(name)), exporters)]
+    legal = [name for name in recipe_names() if not check(rematch(plan, Recipe.load(name)), exporters)]
     return f"; legal as they are: {', '.join(legal)}" if legal else ""
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaware.engines.base import QuantizedModel
-from qaware.engines.modules import Float16Embedding, Float16Linear
+from qaware.engines.integer import Float16Embedding, Float16Linear
 from qaware.exporters.base import Exporter, Runner, Tolerance
 from qaware.exporters.executorch_errors import explained
 from qaware.exporters.signature import Signature

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def skewed(world: int) -> DataLoader[Any]:
 def train(world: int, folder: Path) -> dict[str, Any]:
     """QAT with static ranges on skewed data."""
     model = make(partial(Classifier, norm=False))
-    callback = qat(STATIC, target="net", score=True, output_dir=folder / f"train{world}")
+    export = ["tract"] if find_spec("tract") else []
+    callback = qat(STATIC, target="net", export=export, score=True, output_dir=folder / f"train{world}")
     trainer(callback, **strategy(world)).fit(model, skewed(world), images(9))
     assert callback.result is not None
     return {
@@ -75,6 +77,7 @@ def train(world: int, folder: Path) -> dict[str, Any]:
         "ranges": [[o.min_val.item(), o.max_val.item()] for o in observers(model)],
         "weights": [p.double().sum().item() for p in model.parameters()],
         "stages": {stage: score.nats for stage, score in callback.result.scores.items()},
+        "artifacts": list(callback.result.artifacts),
     }
 
 

@@ -77,12 +77,23 @@ def test_shares_of_the_users_own_making_are_scored_together(two: Results, folder
 def test_case_39_the_integer_model_is_in_the_table(two: Results, folder: Path) -> None:
     """An integer model cannot be given to a DDP Trainer, which broadcasts its tensors; it is scored all the
     same, by both ranks, and files are written once."""
-    stages = two[0]["train"]["stages"]
-    assert stages == two[1]["train"]["stages"]
+    stages = two[1]["train"]["stages"]
+    assert stages == {stage: two[0]["train"]["stages"][stage] for stage in ("converted", "prepared")}
     assert stages["converted"] == stages["prepared"]
     rows = (folder / "train2" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(row)["stage"] for row in rows] == ["float", "prepared", "converted"]
+    exported = two[0]["train"]["artifacts"]
+    assert [json.loads(row)["stage"] for row in rows] == ["float", "prepared", "converted", *exported]
     assert not list(folder.glob("train2-*"))
+
+
+def test_the_first_rank_exports_while_the_others_wait(two: Results, folder: Path) -> None:
+    pytest.importorskip("tract")
+    assert two[0]["train"]["artifacts"] == ["tract"]
+    assert two[1]["train"]["artifacts"] == []
+    assert two[0]["train"]["stages"]["tract"] == pytest.approx(
+        two[0]["train"]["stages"]["converted"], abs=0.02
+    )
+    assert len(list((folder / "train2").glob("*.nnef.tgz"))) == 1
 
 
 @pytest.mark.parametrize("saved", ["sharded", "whole"])
