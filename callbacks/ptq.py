@@ -17,6 +17,7 @@ from qaware.calibration import Look, Share, calibrate, passes, require_loader, s
 from qaware.callbacks.base import QuantizationCallback, refuse_double
 from qaware.callbacks.data import find_target, raw_loader
 from qaware.callbacks.nested import detached_copy, validate
+from qaware.callbacks.strategies import refuse_flat
 from qaware.engines.base import float_bytes
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
@@ -105,6 +106,7 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         refuse_double(trainer)
+        refuse_flat(trainer)
         if getattr(pl_module, "qaware_state", None) is not None:
             raise QawareError(
                 f"{type(pl_module).__name__}: was prepared for QAT; its result is in that callback, "

@@ -15,11 +15,11 @@ from qaware.callbacks.base import QuantizationCallback, refuse_double
 from qaware.callbacks.data import find_target
 from qaware.callbacks.distillation import Distillation, float_copy, require_loss
 from qaware.callbacks.hooks import override, restore
-from qaware.callbacks.launchers import require_prepared
 from qaware.callbacks.nested import detached_copy
 from qaware.callbacks.prepared import is_built, require_continuation
 from qaware.callbacks.restoring import add_missing_keys, apply_plan, require_in_time, restore_structure
 from qaware.callbacks.state import KEY, get_state, require_same_recipe
+from qaware.callbacks.strategies import refuse_flat, require_prepared
 from qaware.engines.base import float_bytes
 from qaware.engines.fake_quant import is_rounding, set_fake_quant
 from qaware.errors import QawareError
@@ -116,6 +116,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         refuse_double(trainer)
+        refuse_flat(trainer)
         require_prepared(trainer, pl_module)
         require_continuation(pl_module, self.recipe, self.target)
         if self.distillation:

@@ -1,12 +1,27 @@
-"""Strategies that train in processes which give back only the weights."""
+"""Strategies that cannot quantize while they train, or not without a call before it."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from qaware.callbacks.state import get_state
 from qaware.errors import QawareError
+
+
+def refuse_flat(trainer: pl.Trainer) -> None:
+    """Refuse FSDP1 and DeepSpeed, which keep weights in flat pieces: neither a copy to score nor one to
+    convert can be made of them.
+
+    Raises:
+        QawareError: says what to use instead.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise QawareError(
+            f"strategy: {type(trainer.strategy).__name__} keeps weights in flat pieces, which cannot be "
+            "quantized; use ModelParallelStrategy (FSDP2), or ddp"
+        )
 
 
 def require_prepared(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
