@@ -111,7 +111,11 @@ class QuantizationCallback(Callback):
         """What is scored and exported; None when neither is asked for."""
         if not (self.score or self.exporters):
             return None
-        task = make_task(trainer, detached_copy(pl_module), self.target, self.metrics, self.score_batches)
+        # A dry run is to be quick: Lightning's own limit then says how many batches it takes.
+        batches = (
+            int(trainer.limit_val_batches) if getattr(trainer, "fast_dev_run", False) else self.score_batches
+        )
+        task = make_task(trainer, detached_copy(pl_module), self.target, self.metrics, batches)
         if task is None and self.exporters:
             raise QawareError(
                 "export: needs one batch of inputs, and the Trainer has no validation data; "

@@ -70,7 +70,8 @@ def make_task(
 ) -> Task | None:
     """The task of a detached copy ``module``, from the Trainer's data; None without validation data.
 
-    A datamodule with ``windows()`` (as :class:`qaware.lm.TextDataModule`) says itself what is scored.
+    A datamodule with ``windows()`` (as :class:`qaware.lm.TextDataModule`) says itself what is scored (of it
+    a ``fast_dev_run`` takes the first ``batches`` windows).
     Otherwise the validation step runs over up to ``batches`` validation batches while the target's
     inputs are recorded: token ids in and logits (B, T, V) out make a language task; logits (B, C) with
     labels in the batch make a classification task; anything else is exported and checked for parity,
@@ -82,7 +83,9 @@ def make_task(
     datamodule = getattr(trainer, "datamodule", None)
     root = find_target(module, target)
     if datamodule is not None and hasattr(datamodule, "windows"):
-        return _from_windows(datamodule.windows(), module, root, metrics)
+        windows = datamodule.windows()
+        dry = getattr(trainer, "fast_dev_run", False)
+        return _from_windows(windows.head(batches) if dry else windows, module, root, metrics)
     loader = trainer.val_dataloaders if trainer.world_size == 1 else raw_loader(trainer, "val")
     if loader is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,6 +72,10 @@ class Windows:
             "normalizer": "token",
             "tokens": self.tokens,
         }
+
+    def head(self, count: int) -> Windows:
+        """The first ``count`` windows; how many bytes they are is not known."""
+        return dataclasses.replace(self, ids=self.ids[:count], first=self.first[:count], bytes=None)
 
     @classmethod
     def from_batches(cls, batches: Iterable[Tensor], tokenizer: str = "unknown") -> Windows:

@@ -217,3 +217,10 @@ def test_a_checkpoint_is_validated_as_it_was_trained(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(QawareError, match=message):
         QuantizationAwareTraining(RECIPE, **arguments)
+
+
+def test_a_dry_run_scores_one_batch(tmp_path: Path) -> None:
+    qat = QuantizationAwareTraining(RECIPE, output_dir=tmp_path)
+    trainer(callbacks=[qat], fast_dev_run=True).fit(LitLM(), loader(), loader(9))
+    assert qat.result is not None
+    assert len(qat.result.scores["converted"].losses) == 8, "the rows of one batch"

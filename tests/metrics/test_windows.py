@@ -108,3 +108,11 @@ def test_data_hash_covers_dtype_shape_and_layout():
     different = [x, x.float(), x.reshape(3, 2), torch.zeros(0), torch.tensor(1.0)]
     assert len({data_hash([item]) for item in different}) == len(different)
     assert data_hash([x.t().contiguous().t()]) == data_hash([x])  # strides are not data
+
+
+def test_the_first_windows() -> None:
+    rows = torch.arange(12).view(3, 4)
+    some = Windows.from_batches([rows]).head(2)
+    assert [ids.tolist() for ids in some.ids] == rows[:2].tolist()
+    assert (some.tokens, some.bytes) == (6, None)
+    assert some.fingerprint != Windows.from_batches([rows]).fingerprint
