@@ -118,11 +118,11 @@ class QuantizationCallback(Callback):
         task = make_task(trainer, detached_copy(pl_module), self.target, self.metrics, batches)
         if task is None and self.exporters:
             raise QawareError(
-                "export: needs one batch of inputs, and the Trainer has no validation data; "
-                "give it a val_dataloader"
+                "export: needs one batch of tensors that enter the model, and validation gave none; give the "
+                "Trainer a val_dataloader, or target= a submodule that takes tensors"
             )
         if task is None:
-            rank_zero_info("qaware: no validation data, so the model is quantized but not scored")
+            rank_zero_info("qaware: nothing to score on, so the model is quantized but not scored")
         return task
 
     def make_pipeline(self, trainer: pl.Trainer, task: Task | None) -> Pipeline:

@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from qaware.callbacks.kinds import LABELS, Call, task_of
 from qaware.callbacks.nested import validate
 from qaware.errors import QawareError
 from qaware.exporters.signature import first_tensor, value_range
 from qaware.metrics.windows import Windows
-from qaware.tasks import (
-    ClassificationTask,
-    LanguageTask,
-    Task,
-    UnscoredTask,
-    batch_signature,
-    language_signature,
-    with_bounds,
-)
-
-
-@dataclass
-class Call:
-    """One call of the target while the user's validation step ran."""
-
-    tensors: list[Tensor]
-    keywords: list[str | None]
-    output: torch.Size
-    """Shape of the first output tensor; the values are of no use, and logits are large."""
-    labels: Tensor | None
+from qaware.tasks import LanguageTask, Task, language_signature
 
 
 class _Recorder(Callback):
@@ -45,6 +28,7 @@ class _Recorder(Callback):
 
     def __init__(self, target: nn.Module) -> None:
         self.calls: list[Call] = []
+        self.called = False
         self._batch: Any = None
         self._handle = target.register_forward_hook(self._record, with_kwargs=True)
 
@@ -54,12 +38,14 @@ class _Recorder(Callback):
         self._batch = batch
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.called = True
         pairs = [(None, a) for a in args] + list(kwargs.items())
         named = [(k, v.detach().cpu()) for k, v in pairs if isinstance(v, Tensor)]
         if named:
             shape = first_tensor(output).shape
-            labels = _labels(self._batch, shape)
-            self.calls.append(Call([t for _, t in named], [k for k, _ in named], shape, labels))
+            inputs = [t for k, t in named if k not in LABELS]
+            columns = _columns(self._batch, inputs, shape[0]) if shape else {}
+            self.calls.append(Call([t for _, t in named], [k for k, _ in named], shape, columns))
 
     def close(self) -> None:
         self._handle.remove()
@@ -75,10 +61,10 @@ def make_task(
     Otherwise the validation step runs over up to ``batches`` validation batches while the target's
     inputs are recorded: token ids in and logits (B, T, V) out make a language task; logits (B, C) with
     labels in the batch make a classification task; anything else is exported and checked for parity,
-    but has no score.
+    but has no score. None, too, where the target takes no tensors.
 
     Raises:
-        QawareError: the target was never called.
+        QawareError: the target was never called, or the validation step failed.
     """
     datamodule = getattr(trainer, "datamodule", None)
     root = find_target(module, target)
@@ -86,20 +72,35 @@ def make_task(
         windows = datamodule.windows()
         dry = getattr(trainer, "fast_dev_run", False)
         return _from_windows(windows.head(batches) if dry else windows, module, root, metrics)
-    loader = trainer.val_dataloaders if trainer.world_size == 1 else raw_loader(trainer, "val")
-    if loader is None:
+    loader = raw_loader(trainer, "val")
+    if loader is None or trainer.limit_val_batches == 0 or not is_overridden("validation_step", module):
         return None
+    calls = _record_calls(module, root, loader, batches, target or type(module).__name__)
+    return task_of(_all_ranks(calls), root, metrics) if calls else None
+
+
+def _record_calls(
+    module: pl.LightningModule, root: nn.Module, loader: Any, batches: int, name: str
+) -> list[Call]:
     recorder = _Recorder(root)
     try:
         validate(module, loader, batches, [recorder])
+    except QawareError:
+        raise
+    except Exception as error:  # whatever the user's step does in a Trainer that is not his
+        raise QawareError(
+            "validation_step: qaware runs it in a Trainer of its own, to see the inputs, and there it failed "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); repair it, or use score=False"
+        ) from error
     finally:
         recorder.close()
-    if not recorder.calls:
+    if not recorder.called:
         raise QawareError(
-            f"target: {target or type(module).__name__} was not called by validation_step; "
-            "give target= the submodule that it calls"
+            f"target: {name} was not called by validation_step; give target= the submodule that it calls"
         )
-    return _from_calls(_all_ranks(recorder.calls), root, metrics)
+    if not recorder.calls:
+        rank_zero_info(f"qaware: {name} takes no tensors but something that holds them, so it is not scored")
+    return recorder.calls
 
 
 def raw_loader(trainer: pl.Trainer, kind: str) -> Any:
@@ -172,66 +173,14 @@ def _ids_argument(root: nn.Module) -> tuple[str, str | None]:
     return "input_ids", "input_ids"
 
 
-def _from_calls(calls: list[Call], root: nn.Module, metrics: Sequence[str]) -> Task:
-    first = calls[0]
-    ids = _ids_index(first)
-    if ids is not None:
-        return _language(calls, ids, root, metrics)
-    signature = batch_signature(first.tensors, first.keywords, max(c.output[0] for c in calls))
-    signature = with_bounds(signature, _bounds(first, root))
-    inputs = [tuple(call.tensors) for call in calls]
-    labels = [call.labels for call in calls if call.labels is not None]
-    if len(first.output) == 2 and len(labels) == len(calls):
-        return ClassificationTask(inputs, signature, labels, metrics)
-    return UnscoredTask(inputs, signature)
-
-
-def _ids_index(call: Call) -> int | None:
-    """Which input holds the token ids: int64 (B, T) where the output is (B, T, V)."""
-    for i, tensor in enumerate(call.tensors):
-        if tensor.dtype == torch.int64 and len(call.output) == 3 and tensor.shape == call.output[:2]:
-            return i
-    return None
-
-
-def _language(calls: list[Call], index: int, root: nn.Module, metrics: Sequence[str]) -> LanguageTask:
-    """Rows without their right padding; a mask or labels beside the ids are not part of the signature."""
-    rows = [row for call in calls for row in _rows(call, index)]
-    longest = max(len(row) for row in rows)
-    windows = Windows(tuple(rows), (1,) * len(rows), None, "unknown", longest, longest, False)
-    keyword = calls[0].keywords[index]
-    example = rows[0].unsqueeze(0)
-    kwargs = {keyword: example} if keyword else {}
-    bounds = value_range(root, lambda: root(*(() if keyword else (example,)), **kwargs), example)
-    vocab_size = bounds[1] + 1 if bounds else None
-    return LanguageTask(
-        windows, language_signature(keyword or "input_ids", vocab_size, longest, keyword), metrics
-    )
-
-
-def _rows(call: Call, index: int) -> list[Tensor]:
-    ids = call.tensors[index]
-    mask = dict(zip(call.keywords, call.tensors, strict=True)).get("attention_mask")
-    lengths = (
-        mask.sum(-1).tolist() if mask is not None and mask.shape == ids.shape else [ids.shape[1]] * len(ids)
-    )
-    return [row[: int(length)] for row, length in zip(ids, lengths, strict=True) if length >= 2]
-
-
-def _labels(batch: Any, output: torch.Size) -> Tensor | None:
-    """The int64 tensor (B,) of the batch that is not an input."""
-    items = list(batch.values()) if isinstance(batch, Mapping) else batch
-    for item in reversed(items) if isinstance(items, (list, tuple)) else ():
-        if isinstance(item, Tensor) and item.dtype == torch.int64 and item.shape == output[:1]:
-            return item.detach().cpu()
-    return None
-
-
-def _bounds(call: Call, root: nn.Module) -> list[tuple[int, int] | None]:
-    args = [t for k, t in zip(call.keywords, call.tensors, strict=True) if k is None]
-    kwargs = {k: t for k, t in zip(call.keywords, call.tensors, strict=True) if k is not None}
-    integer = (torch.int64, torch.int32)
-    return [
-        value_range(root, lambda: root(*args, **kwargs), t) if t.dtype in integer else None
-        for t in call.tensors
-    ]
+def _columns(batch: Any, tensors: list[Tensor], size: int) -> dict[Hashable, Tensor]:
+    """The int64 tensors (B,) of a batch that did not enter the target by position, by key or place."""
+    items = dict(batch) if isinstance(batch, Mapping) else {}
+    if isinstance(batch, (list, tuple)):
+        items = dict(enumerate(batch))
+    found = {k: v.detach().cpu() for k, v in items.items() if isinstance(v, Tensor) and v.shape == (size,)}
+    return {
+        k: v
+        for k, v in found.items()
+        if v.dtype == torch.int64 and not any(v.shape == x.shape and torch.equal(v, x) for x in tensors)
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch.nn import Module
-from torch.utils._pytree import tree_leaves
 
 from qaware.callbacks.hooks import restore
+from qaware.copying import deep_copy
 from qaware.sharded import copyable
 
 _BUILDERS = ("prepare_data", "setup", "configure_model", "teardown")
@@ -35,24 +35,17 @@ def detached_copy(pl_module: pl.LightningModule) -> pl.LightningModule:
     pl_module._trainer = None
     try:
         with copyable(pl_module) as whole:
-            foreign = (pl_module._device_mesh, pl_module._compiler_ctx)
-            memo = {**_graph_tensors(pl_module), **dict.fromkeys(map(id, foreign)), **whole}
-            duplicate = copy.deepcopy(pl_module, memo)
+            # A datamodule that the module keeps knows the Trainer too.
+            foreign = (trainer, pl_module._device_mesh, pl_module._compiler_ctx)
+            duplicate = deep_copy(pl_module, {**dict.fromkeys(map(id, foreign)), **whole})
     finally:
         pl_module._trainer = trainer
+    duplicate._metric_attributes = None  # Lightning's cache, by the ids of the original's metrics
     if pl_module._compiler_ctx is not None:
         for name in _COMPILED:
             vars(duplicate).pop(name, None)
     restore(duplicate)
     return duplicate.cpu().eval()
-
-
-def _graph_tensors(pl_module: pl.LightningModule) -> dict[int, Any]:
-    """Stand-ins for tensors that hang in an autograd graph, which cannot be deep-copied. Users keep such
-    tensors (``self.outputs.append(loss)``), and so does ``torch.nn.utils.prune``.
-    """
-    kept = (value for module in pl_module.modules() for value in tree_leaves(dict(vars(module))))
-    return {id(t): t.detach().clone() for t in kept if isinstance(t, torch.Tensor) and not t.is_leaf}
 
 
 def validate(
@@ -73,7 +66,7 @@ def validate(
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
-            logger=False,
+            logger=DummyLogger(),  # steps may call their logger's own functions
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -11,7 +11,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import DataLoader
 
 from qaware.calibration import Look, Share, calibrate, passes, require_loader, same_draws
 from qaware.callbacks.base import QuantizationCallback, refuse_double
@@ -24,6 +26,7 @@ from qaware.errors import QawareError
 from qaware.pipeline import Pipeline
 from qaware.plan import Plan
 from qaware.recipe import Recipe
+from qaware.tasks import Task
 
 
 class PostTrainingQuantization(QuantizationCallback):
@@ -75,6 +78,12 @@ class PostTrainingQuantization(QuantizationCallback):
         self.calibration_batches = calibration_batches
         self._plan: Plan | None = None
         self._loader: Any = None
+        self._task: Task | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing of an earlier run counts."""
+        super().setup(trainer, pl_module, stage)
+        self._plan = self._task = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse an impossible recipe before training."""
@@ -91,6 +100,11 @@ class PostTrainingQuantization(QuantizationCallback):
             with torch.inference_mode(False), same_draws():
                 self._loader = self._calibration_loader(trainer)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out what is scored and exported, before anything expensive."""
+        with isolate_rng():
+            self._task = self.make_task(trainer, pl_module)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize what was trained."""
         if self._plan is not None and self._plan.needs_calibration:
@@ -101,7 +115,7 @@ class PostTrainingQuantization(QuantizationCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Quantize what was validated; here rather than at the end of validation, because the loop runs in
         inference mode and tensors made there cannot be converted or exported."""
-        if stage == "validate":
+        if stage == "validate" and self._plan is not None:  # None where no batch was validated
             self._quantize(trainer, pl_module)
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -117,7 +131,7 @@ class PostTrainingQuantization(QuantizationCallback):
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         plan = self._plan
         assert plan is not None
-        task = self.make_task(trainer, pl_module)
+        task = self._task or self.make_task(trainer, pl_module)
         self.float_model = find_target(detached_copy(pl_module), self.target)
         pipeline = self.make_pipeline(trainer, task)
         if (self.float_label, "float") not in pipeline.ledger.scores:
@@ -135,7 +149,15 @@ class PostTrainingQuantization(QuantizationCallback):
         with pipeline.progress("Calibrating", steps) as advance:
 
             def run_pass(look: Look) -> None:
-                validate(prepared, loader, 1.0, [_Step(shares, look, advance)])
+                try:
+                    validate(prepared, loader, 1.0, [_Step(shares, look, advance)])
+                except QawareError:
+                    raise
+                except Exception as error:  # whatever the user's step makes of a batch that it does not know
+                    raise QawareError(
+                        "calibration: validation_step failed on a batch of calibration data "
+                        f"({' '.join(str(error).split())}); give calibration= batches that it takes"
+                    ) from error
 
             calibrate(prepared, run_pass)
         self._loader = None
@@ -180,6 +202,11 @@ class _Step(pl.Callback):
 
 def _shared(loader: Any, count: int) -> tuple[list[Share], CombinedLoader]:
     """Every loader in the collection that ``Trainer.validate`` takes becomes this rank's share of it."""
+    if isinstance(loader, (list, tuple)) and not any(
+        isinstance(item, (DataLoader, CombinedLoader)) for item in loader
+    ):
+        # Batches, each of which Lightning would take for a loader.
+        loader = DataLoader(loader, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
     combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "sequential")
     leaves, structure = tree_flatten(combined.iterables)
     shares = [Share(leaf, count) for leaf in leaves]

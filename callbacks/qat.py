@@ -230,7 +230,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         state = get_state(pl_module)
         if not self.convert or state is None:
             return
-        if not self._begun:  # training ended before start_step
+        if not self._begun and self._task is None:  # resumed when it was over: nothing has started
+            with isolate_rng():
+                self._task = self.make_task(trainer, pl_module)
+        if not self._begun and not self._was_rounding:  # ended before start_step
             self._measure_float(trainer, pl_module)
         set_fake_quant(pl_module, True)
         prepared = detached_copy(pl_module)

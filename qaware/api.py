@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from qaware.calibration import Look, Share, calibrate, require_loader
+from qaware.copying import deep_copy
 from qaware.engines.base import QuantizedModel
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
@@ -37,7 +38,8 @@ def quantize(
             gradients. Only recipes with static activations need it, others leave it alone. A tensor is the
             one argument of ``forward``; of a mapping or dataclass ``forward`` gets what it has a keyword for;
             of a tuple or list as many items as it takes by position, so that labels behind the inputs are
-            left out. Under ``torch.distributed`` every process gives the whole loader.
+            left out (where it also has optional arguments, ``step`` must say which is which). Under
+            ``torch.distributed`` every process gives the whole loader.
         calibration_batches: batches to observe at most.
         step: runs a batch of any other kind: ``step(model, batch)``.
 
@@ -52,7 +54,7 @@ def quantize(
         share = _share(calibration, calibration_batches, plan.recipe.name)
     # Tensors made in inference mode, which the caller may be in, could not be exported later.
     with torch.inference_mode(False), torch.no_grad():
-        prepared = ModulesEngine().prepare(_copy(model).eval(), plan)
+        prepared = ModulesEngine().prepare(deep_copy(model).eval(), plan)
         if plan.needs_calibration:
             calibrate(prepared, lambda look: _run(prepared, share, step or _forward, look))
         return ModulesEngine().convert(prepared, plan)
@@ -78,11 +80,6 @@ def _share(calibration: Any, batches: int, recipe: str) -> Share:
     if isinstance(calibration, Mapping):
         raise QawareError("calibration: a mapping is one batch; give a loader, or a list of batches")
     return Share(calibration, batches)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy; that of a LightningModule has no Trainer."""
-    return copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None})
 
 
 def _run(model: nn.Module, share: Share, step: Step, look: Look) -> None:
@@ -146,12 +143,25 @@ def _arguments(signature: inspect.Signature, batch: Any) -> tuple[tuple[Any, ...
     if isinstance(batch, (tuple, list)):
         if inspect.Parameter.VAR_POSITIONAL in kinds:
             return tuple(batch), {}
-        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return tuple(batch[: sum(kind in by_position for kind in kinds)]), {}
+        return _positional(signature, batch), {}
     raise QawareError(
         f"calibration: a batch of type {type(batch).__name__} has no obvious way into forward; "
         "give step=, a function (model, batch) that calls the model"
     )
+
+
+def _positional(signature: inspect.Signature, batch: Sequence[Any]) -> tuple[Any, ...]:
+    """As many items as ``forward`` takes, unless it is not clear how many that are."""
+    places = [
+        p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    needed = sum(p.default is p.empty for p in places)
+    if needed < len(batch) and needed < len(places):
+        raise QawareError(
+            f"calibration: are the items of a batch of {len(batch)} after the first {needed} labels, or for "
+            f"the optional arguments of forward{signature}? give step=, a function (model, batch)"
+        )
+    return tuple(batch[: len(places)])
 
 
 def _describe(batch: Any) -> str:

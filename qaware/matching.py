@@ -99,6 +99,8 @@ def _matches(rule: Rule, decision: Decision) -> bool:
 
 def _type_name(module: nn.Module) -> str:
     """``Linear`` for exactly torch.nn.Linear; a subclass, which may compute something else, in full."""
+    if "weight_orig" in module._parameters and "weight_mask" not in module._buffers:
+        return f"{type(module).__name__} under a reparametrization"  # such as spectral_norm, unlike pruning
     if hasattr(module, "weight_fake_quantizer"):  # prepared already, so it was one of these
         return "Embedding" if hasattr(module, "embedding_dim") else "Linear"
     cls = plain_class(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import pickle
 from collections.abc import Collection
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qaware.copying import deep_copy
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
@@ -78,7 +78,7 @@ def load_quantized(path: str | Path, model: nn.Module) -> QuantizedModel:
     plan = Plan(Recipe.from_dict(data["recipe"]), tuple(_decision(d) for d in data["decisions"]))
     weights = {name: _weight(layer, plan.layer(name)) for name, layer in data["layers"].items()}
     activations = {name: ActivationRange(**a) for name, a in data["activations"].items()}
-    model = copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None})
+    model = deep_copy(model)
     _fill(model, data)
     return ModulesEngine().rebuild(model, plan, weights, activations)
 

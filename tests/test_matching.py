@@ -147,3 +147,12 @@ def test_a_recipe_that_quantizes_nothing_is_refused() -> None:
         plan(Rule(INT4, type="Conv9d")).require_possible()
     with pytest.raises(QawareError, match="quantizes nothing"):
         plan(Rule(INT4, name="*"), model=nn.ReLU()).require_possible()
+
+
+def test_a_reparametrized_layer_stays_float_and_is_reported() -> None:
+    """spectral_norm has a ``weight_orig`` too, but no mask: its weight is no pruned parameter."""
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(32, 8)), nn.Linear(8, 32))
+    made = plan(Rule(Scheme(8), type="Linear"), model=model)
+    assert made.quantized.keys() == {"1"}
+    reasons = {d.parameter: d.reason for d in made.skipped}
+    assert "Linear under a reparametrization" in reasons["0.weight_orig"]

@@ -146,7 +146,7 @@ def _leave_fast_path(model: nn.Module) -> None:
 
 def _finish_pruning(module: Any) -> None:
     """Pruned and not made permanent: the weight is a product with a mask, not a parameter."""
-    if isinstance(module._parameters.get("weight_orig"), nn.Parameter):
+    if "weight_mask" in module._buffers:
         prune.remove(module, "weight")
 
 

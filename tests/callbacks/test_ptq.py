@@ -168,7 +168,7 @@ def test_without_validation_data_the_model_is_converted_but_not_scored(tmp_path:
     trainer(callbacks=[ptq]).fit(LitLM(), loader())
     assert ptq.result is not None
     assert ptq.result.scores == {}
-    with pytest.raises(QawareError, match="export: needs one batch of inputs"):
+    with pytest.raises(QawareError, match="export: needs one batch of tensors"):
         trainer(callbacks=[PostTrainingQuantization("int8-dynamic", export=["aoti"])]).fit(LitLM(), loader())
 
 
@@ -436,3 +436,44 @@ def test_ranges_are_identical_for_one_and_two_processes(tmp_path: Path) -> None:
     assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
     assert alone["minmax fit"] == alone["minmax validate"], "without a step the model is the same"
     assert alone["minmax fit"] != alone["histogram fit"]
+
+
+def test_calibration_takes_a_list_of_batches(tmp_path: Path) -> None:
+    batches = list(images())
+    found = []
+    for calibration in (batches, images()):
+        torch.manual_seed(0)
+        ptq = PostTrainingQuantization("int8-static", "net", calibration=calibration)
+        trainer(callbacks=[ptq]).validate(LitClassifier(), images(9), verbose=False)
+        assert ptq.result is not None
+        found.append(ptq.result.model.activations)
+    assert found[0] == found[1]
+
+
+def test_a_batch_that_the_step_does_not_take_says_what_to_give() -> None:
+    ptq = PostTrainingQuantization("int8-static", "net", calibration=[{"x": torch.ones(4, 16)}])
+    with pytest.raises(QawareError, match=r"calibration: validation_step failed .*give calibration="):
+        trainer(callbacks=[ptq]).validate(LitClassifier(), images(9), verbose=False)
+
+
+def test_nothing_validated_is_nothing_quantized() -> None:
+    ptq = PostTrainingQuantization("int8-weight-only", "net")
+    trainer(callbacks=[ptq], limit_val_batches=0).validate(LitClassifier(), images(9), verbose=False)
+    assert ptq.result is None
+
+
+def test_what_cannot_be_scored_is_said_before_training() -> None:
+    class Elsewhere(LitClassifier):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+            """Never calls the model."""
+
+    seen: list[int] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            seen.append(1)
+
+    ptq = PostTrainingQuantization("int8-weight-only", "net")
+    with pytest.raises(QawareError, match="was not called by validation_step"):
+        trainer(callbacks=[ptq, Watch()]).fit(Elsewhere(), images(), images(9))
+    assert seen == []

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lit import LitClassifier, LitLM, images, loader, trainer
 from torch import nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.qat import FakeQuantizedLinear
+from torchmetrics import MeanMetric
 
 from qaware import QawareError, QuantizationAwareTraining, Recipe
 from qaware.callbacks.hooks import NAMES
@@ -224,3 +227,47 @@ def test_a_dry_run_scores_one_batch(tmp_path: Path) -> None:
     trainer(callbacks=[qat], fast_dev_run=True).fit(LitLM(), loader(), loader(9))
     assert qat.result is not None
     assert len(qat.result.scores["converted"].losses) == 8, "the rows of one batch"
+
+
+def test_a_logged_metric_object(tmp_path: Path) -> None:
+    class Metered(LitLM):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = MeanMetric()
+
+        def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+            self.mean(self.loss(batch))
+            self.log("mean", self.mean)
+            self.logger.experiment.add_scalar("own", 1.0)
+
+    qat = QuantizationAwareTraining(RECIPE, output_dir=tmp_path)
+    board = TensorBoardLogger(tmp_path)
+    trainer(callbacks=[qat], logger=board, max_epochs=1).fit(Metered(), loader(), loader(9))
+    assert qat.result is not None
+    assert qat.result.scores["converted"].losses == qat.result.scores["prepared"].losses
+
+
+def test_a_kept_datamodule_does_not_bring_the_trainer(tmp_path: Path) -> None:
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self) -> object:
+            return loader()
+
+        val_dataloader = train_dataloader
+
+    model, qat = LitLM(), QuantizationAwareTraining(RECIPE, output_dir=tmp_path)
+    model.data = Data()
+    trainer(callbacks=[qat], max_epochs=1).fit(model, datamodule=model.data)
+    assert model.data.trainer is not None
+    assert qat.result.model.module.data.trainer is None
+
+
+def test_a_resume_of_a_finished_run_is_scored(tmp_path: Path) -> None:
+    """As after a crash in the export, when nothing is left to train."""
+    first, again = LitLM(), QuantizationAwareTraining(RECIPE, output_dir=tmp_path / "again")
+    qat = QuantizationAwareTraining(RECIPE, output_dir=tmp_path / "first")
+    run = trainer(callbacks=[qat], max_epochs=1)
+    run.fit(first, loader(), loader(9))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = trainer(callbacks=[again], max_epochs=1)
+    resumed.fit(LitLM(), loader(), loader(9), ckpt_path=tmp_path / "last.ckpt")
+    assert again.result.scores["converted"].losses == qat.result.scores["converted"].losses
