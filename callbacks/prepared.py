@@ -83,17 +83,21 @@ def load_from_checkpoint(cls: type[Module], checkpoint_path: str | Path, **kwarg
         kwargs: what ``cls.load_from_checkpoint`` takes: ``map_location``, ``strict``, hyperparameters.
     """
 
+    # Lightning offers no moment between building the module and loading its weights but this hook.
+    own, inherited = vars(cls).get("on_load_checkpoint"), cls.on_load_checkpoint
+
     def on_load_checkpoint(self: Module, checkpoint: dict[str, Any]) -> None:
         restore_structure(self, checkpoint)
-        cls.on_load_checkpoint(self, checkpoint)
+        inherited(self, checkpoint)
 
-    # Lightning offers no moment between building the module and loading its weights but this hook.
-    make_class: Any = type
-    hooked = make_class(
-        cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__}
-    )
-    module: Module = hooked.load_from_checkpoint(checkpoint_path, **kwargs)
-    module.__class__ = cls
+    cls.on_load_checkpoint = on_load_checkpoint  # type: ignore[assignment,method-assign]
+    try:
+        module: Module = cls.load_from_checkpoint(checkpoint_path, **kwargs)
+    finally:
+        if own is None:
+            del cls.on_load_checkpoint
+        else:
+            cls.on_load_checkpoint = own  # type: ignore[method-assign]
     return module.eval()
 
 

@@ -157,9 +157,10 @@ def _positional(signature: inspect.Signature, batch: Sequence[Any]) -> tuple[Any
     ]
     needed = sum(p.default is p.empty for p in places)
     if needed < len(batch) and needed < len(places):
+        optional = ", ".join(p.name for p in places[needed:][:3])
         raise QawareError(
-            f"calibration: are the items of a batch of {len(batch)} after the first {needed} labels, or for "
-            f"the optional arguments of forward{signature}? give step=, a function (model, batch)"
+            f"calibration: are the items of a batch of {len(batch)} after the first {needed} labels, or for the "
+            f"optional arguments ({optional}) of forward? give step=, a function (model, batch)"
         )
     return tuple(batch[: len(places)])
 

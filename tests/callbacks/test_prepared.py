@@ -178,3 +178,17 @@ def test_histograms_are_refused_in_training() -> None:
     with pytest.raises(QawareError, match=r"body\.up: observer: 'histogram' needs two passes"):
         trainer(callbacks=[QuantizationAwareTraining(recipe)]).fit(model, loader())
     assert model.losses == []
+
+
+def test_the_class_is_as_it_was_after_loading(tmp_path: Path) -> None:
+    class Inherits(Sized):
+        pass
+
+    path = fit(Sized(32), tmp_path)
+    hooks = vars(Sized)["on_load_checkpoint"]
+    for cls in (Sized, Inherits):
+        assert type(qaware.load_from_checkpoint(cls, path)) is cls
+    with pytest.raises(FileNotFoundError):
+        qaware.load_from_checkpoint(Inherits, tmp_path / "nowhere.ckpt")
+    assert vars(Sized)["on_load_checkpoint"] is hooks
+    assert "on_load_checkpoint" not in vars(Inherits)
