@@ -159,8 +159,8 @@ def _positional(signature: inspect.Signature, batch: Sequence[Any]) -> tuple[Any
     if needed < len(batch) and needed < len(places):
         optional = ", ".join(p.name for p in places[needed:][:3])
         raise QawareError(
-            f"calibration: are the items of a batch of {len(batch)} after the first {needed} labels, or for the "
-            f"optional arguments ({optional}) of forward? give step=, a function (model, batch)"
+            f"calibration: are the items of a batch of {len(batch)} after the first {needed} labels, or for "
+            f"the optional arguments ({optional}) of forward? give step=, a function (model, batch)"
         )
     return tuple(batch[: len(places)])
 

@@ -298,3 +298,21 @@ def test_a_batch_goes_to_the_device_of_the_model() -> None:
     )
     assert (moved["a"][1][1], moved["b"].label, moved["c"].label) == (3, "a", None)
     assert sample.x is x
+
+
+def test_items_that_may_be_labels_or_arguments_are_not_guessed() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(32, 4)
+
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            return self.inner(x if scale is None else x * scale)
+
+    batches = [(torch.ones(2, 32), torch.zeros(2, 32))]
+    with pytest.raises(QawareError, match=r"labels, or for the optional arguments \(scale\).*give step="):
+        qaware.quantize(Scaled(), "int8-static", calibration=batches)
+    taken = qaware.quantize(
+        Scaled(), "int8-static", calibration=batches, step=lambda model, batch: model(batch[0])
+    )
+    assert taken.activations["inner"].scale > 0
