@@ -17,7 +17,8 @@ from qaware.sharded import plain_class
 if TYPE_CHECKING:
     from torch import nn
 
-QUANTIZABLE = ("Linear", "Embedding")
+QUANTIZABLE = ("Linear", "Embedding", "Conv1d", "Conv2d")
+CONVOLUTIONS = ("Conv1d", "Conv2d")
 
 
 def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
@@ -79,7 +80,7 @@ def _scheme_for(recipe: Recipe, decision: Decision) -> tuple[Scheme | None, str]
     if rule.scheme is None:
         return None, f"kept float by rule {rule.label}"
     if kind not in QUANTIZABLE:
-        return None, f"type {kind} is not supported (only {' and '.join(QUANTIZABLE)}, not their subclasses)"
+        return None, f"type {kind} is not supported (only {', '.join(QUANTIZABLE)}, not their subclasses)"
     if parameter not in ("weight", "weight_orig"):  # the second where torch.nn.utils.prune masks it
         return None, f"a {parameter} stays float"
     if kind == "Embedding" and rule.scheme.activation != "none":
@@ -102,7 +103,7 @@ def _type_name(module: nn.Module) -> str:
     if "weight_orig" in module._parameters and "weight_mask" not in module._buffers:
         return f"{type(module).__name__} under a reparametrization"  # such as spectral_norm, unlike pruning
     if hasattr(module, "weight_fake_quantizer"):  # prepared already, so it was one of these
-        return "Embedding" if hasattr(module, "embedding_dim") else "Linear"
+        return _wanted_type(module)
     cls = plain_class(module)
     return cls.__name__ if cls.__module__.startswith("torch.nn.") else f"{cls.__module__}.{cls.__name__}"
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qaware.errors import QawareError
+from qaware.layout import Layout
 from qaware.recipe import Recipe
 from qaware.scheme import Scheme
 
@@ -41,8 +42,9 @@ class Decision:
 
     @property
     def width(self) -> int:
-        """Weights in a row: in_features of a Linear, embedding_dim of an Embedding."""
-        return self.shape[-1] if self.shape else 1
+        """Weights in a row: in_features of a Linear, embedding_dim of an Embedding, what one output channel
+        of a convolution holds."""
+        return self.numel // self.shape[0] if len(self.shape) > 1 else (*self.shape, 1)[0]
 
     @property
     def numel(self) -> int:
@@ -59,6 +61,8 @@ class Plan:
 
     recipe: Recipe
     decisions: tuple[Decision, ...]
+    layout: Layout | None = None
+    """Where activations are rounded; None for the ``modules`` engine, which rounds what enters a layer."""
 
     @property
     def quantized(self) -> dict[str, Decision]:

@@ -10,7 +10,7 @@ from qaware.errors import QawareError
 
 ACTIVATIONS = ("none", "int8-dynamic", "int8-static")
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
-OBSERVERS = ("minmax", "histogram")
+OBSERVERS = ("minmax", "moving-average", "histogram", "percentile", "mse")
 FLOAT16_BITS = 16
 _DEFAULTS = (0, "none", True, "float32")
 
@@ -32,8 +32,12 @@ class Scheme:
     """The precision that scales are rounded to, in training as in the artifact. ``bfloat16`` is what
     XNNPACK stores for groups and, above 2**-17, is exact in tract's float16 too."""
     observer: str = "minmax"
-    """How the range of an ``int8-static`` activation is found: ``minmax``, all that was seen, or
-    ``histogram``, the part of it whose rounding costs least (calibration only, not QAT)."""
+    """How the range of an ``int8-static`` activation is found: ``minmax``, all that was seen;
+    ``moving-average``, of the batches' ranges; and, in calibration only, not QAT, ``histogram`` and ``mse``,
+    the part of it whose rounding costs least, or ``percentile``, without the outermost values."""
+    per_tensor: bool = False
+    """One scale for the whole weight, as 8-bit kernels without a scale for each channel need. For
+    ``int8-static`` only."""
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or not (1 <= self.bits <= 8 or self.bits == FLOAT16_BITS):
@@ -56,6 +60,14 @@ class Scheme:
                 f"activation is {self.activation!r}, use int8-static or leave observer out"
             )
 
+        if not isinstance(self.per_tensor, bool):
+            raise QawareError(f"per_tensor: {self.per_tensor!r} must be true or false")
+        if self.per_tensor and (self.group_size or self.activation != "int8-static"):
+            raise QawareError(
+                "per_tensor: true is for activation: int8-static without group_size; "
+                "elsewhere a scale for each channel costs nothing, so leave per_tensor out"
+            )
+
     @property
     def is_float(self) -> bool:
         """Whether the weight is stored as float16 rather than as integers."""
@@ -67,16 +79,22 @@ class Scheme:
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     @property
+    def is_static(self) -> bool:
+        """Whether the activations are integers with a calibrated range."""
+        return self.activation == "int8-static"
+
+    @property
     def weight(self) -> Scheme:
         """This scheme without its activation part: two layers with equal ones can share integers."""
-        return dataclasses.replace(self, activation="none", observer="minmax")
+        return dataclasses.replace(self, activation="none", observer="minmax", per_tensor=False)
 
     @property
     def label(self) -> str:
         """Short form for tables, e.g. ``int4 g32 + int8-dynamic``."""
         if self.is_float:
             return "float16"
-        grid = f"int{self.bits} " + (f"g{self.group_size}" if self.group_size else "channel")
+        unit = f"g{self.group_size}" if self.group_size else "tensor" if self.per_tensor else "channel"
+        grid = f"int{self.bits} {unit}"
         grid += "" if self.symmetric else " asym"
         if self.activation == "none":
             return grid

@@ -37,7 +37,10 @@ from qaware.scheme import ACTIVATIONS, SCALE_DTYPES, Scheme
         ({"bits": 4, "scale_dtype": "float64"}, "scale_dtype: 'float64'"),
         ({"bits": 4, "symmetric": 1}, "symmetric: 1 must be true or false"),
         ({"bits": 4, "symmetric": "false"}, "symmetric: 'false'"),
-        ({"bits": 8, "observer": "median"}, "observer: 'median' is not one of minmax, histogram"),
+        (
+            {"bits": 8, "observer": "median"},
+            "observer: 'median' is not one of minmax, moving-average, histogram",
+        ),
         ({"bits": 8, "observer": None}, "observer: None"),
         ({"bits": 8, "observer": "histogram"}, "activation is 'none', use int8-static"),
         ({"bits": 8, "activation": "int8-dynamic", "observer": "histogram"}, "activation is 'int8-dynamic'"),

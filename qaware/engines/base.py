@@ -39,7 +39,8 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """The calibrated range of the activation that enters one layer, int8 asymmetric per tensor."""
+    """A calibrated range of an activation, int8 (-128 to 127) asymmetric per tensor: an integer q stands for
+    ``(q - zero_point) * scale``."""
 
     scale: float
     zero_point: int
@@ -54,7 +55,9 @@ class QuantizedModel:
     weights: dict[str, QuantizedWeight]
     """By module name, e.g. ``model.layers.0.mlp.down_proj``."""
     activations: dict[str, ActivationRange] = field(default_factory=dict)
-    """By module name, for layers whose scheme has a static activation."""
+    """By module name: what enters a layer whose scheme has a static activation."""
+    outputs: dict[str, ActivationRange] = field(default_factory=dict)
+    """By site name (see :mod:`qaware.layout`): what leaves a layer or function whose result is an integer."""
 
     def save(self, path: str | Path) -> None:
         """Write one file that :func:`qaware.load_quantized` reads; see :mod:`qaware.storage`."""
@@ -73,7 +76,8 @@ class QuantizedModel:
                 seen.add(weight.data.data_ptr())
                 total += packed_bytes(weight)
         for name, tensor in _tensors(self.module):
-            if name.rpartition(".")[0] in self.weights and name.endswith(".weight"):
+            prefix, _, key = name.rpartition(".")
+            if prefix in self.weights and key in ("weight", "weight_scale", "weight_zero_point"):
                 continue
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())

@@ -59,7 +59,13 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
     from the float domain of another kernel (tinygemm), where it rounds to 0 or overflows an int8.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, narrow: bool = False) -> None:
+        """
+        Args:
+            scheme: the weight's.
+            narrow: leave out the smallest integer of a symmetric weight. Where activations are integers too,
+                kernels of some CPUs add two products in 16 bits, and -128 times -128 twice does not fit.
+        """
         granularity = PerGroup(scheme.group_size) if scheme.group_size else PerAxis(0)
         precision = getattr(torch, scheme.scale_dtype)
         super().__init__(
@@ -73,6 +79,8 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
             )
         )
         self.scheme = scheme
+        lowest, highest = scheme.range
+        self.integers = (-highest if narrow and scheme.symmetric and scheme.bits > 1 else lowest, highest)
         self.mark(scheme.bits)
 
     def forward(self, x: Tensor, grid: Tensor | None = None) -> Tensor:
@@ -86,10 +94,12 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
     def _qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point (int32), each (rows, width / block)."""
         config = self.config
-        block = (1, self.scheme.block(x.shape[1]))
+        block = tuple(x.shape) if self.scheme.per_tensor else (1, self.scheme.block(x.shape[1]))
         scale, zero_point = choose_qparams_affine(
-            x, config.mapping_type, block, torch.int8, *self.scheme.range, config.eps, config.scale_precision
+            x, config.mapping_type, block, torch.int8, *self.integers, config.eps, config.scale_precision
         )
+        if self.scheme.per_tensor:  # the same one for every row
+            return scale.reshape(1, 1).expand(len(x), 1), zero_point.reshape(1, 1).expand(len(x), 1)
         return scale.reshape(len(x), -1), zero_point.reshape(len(x), -1)
 
 

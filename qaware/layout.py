@@ -1,0 +1,82 @@
+"""Where a model's activations are rounded: found once from an example batch, kept as plain data.
+
+A checkpoint and a saved model carry it, so that a model is prepared again without the example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+OPERATIONS = ("add", "cat")
+"""Functions whose result is rounded: residual additions and concatenations."""
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """A convolution or linear layer with integer activations, and what is fused into it."""
+
+    module: str
+    batch_norm: str | None = None
+    """The batch norm that is folded into the weight."""
+    relu: bool = False
+    """Whether a ReLU follows, so that the output's range starts at zero."""
+    source: str | None = None
+    """The site whose output enters here, perhaps reshaped or pooled; None: the layer rounds its input itself
+    (a QuantStub, in PyTorch's words)."""
+
+
+@dataclass(frozen=True)
+class OperationSite:
+    """The result of a function that is called in a module's ``forward``."""
+
+    owner: str
+    """The module whose ``forward`` calls it; empty for the model itself."""
+    kind: str
+    """One of ``OPERATIONS``."""
+    index: int
+    """Which of the calls of this kind in one forward pass of the owner, from 0."""
+    relu: bool = False
+
+    @property
+    def name(self) -> str:
+        """The site's name, that of the submodule which rounds: ``layer1.0.qaware_operations.add_0``."""
+        prefix = f"{self.owner}." if self.owner else ""
+        return f"{prefix}qaware_operations.{self.kind}_{self.index}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All sites, or what the graph engine needs to make its graph again."""
+
+    engine: str
+    """``eager`` or ``graph``."""
+    layers: tuple[LayerSite, ...] = ()
+    operations: tuple[OperationSite, ...] = ()
+    graph: Mapping[str, Any] | None = None
+    """The graph engine's own plain data."""
+
+    def layer(self, module: str) -> LayerSite | None:
+        """The site of a layer; None when its activations stay float."""
+        return next((site for site in self.layers if site.module == module), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` reads back."""
+        return {
+            "engine": self.engine,
+            "layers": [dataclasses.asdict(site) for site in self.layers],
+            "operations": [dataclasses.asdict(site) for site in self.operations],
+            "graph": None if self.graph is None else dict(self.graph),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Layout:
+        """Read back what ``to_dict`` wrote."""
+        return cls(
+            data["engine"],
+            tuple(LayerSite(**site) for site in data["layers"]),
+            tuple(OperationSite(**site) for site in data["operations"]),
+            data["graph"],
+        )
