@@ -13,10 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from qaware.callbacks.data import find_target, make_task
+from qaware.callbacks.examples import find_example
 from qaware.callbacks.loggers import log_rows
 from qaware.callbacks.nested import detached_copy
 from qaware.callbacks.progress import trainer_progress
 from qaware.callbacks.state import CONVERTED, QuantizationState, set_state
+from qaware.engines.choose import ENGINES, Choice, choose, lay_out
+from qaware.engines.example import Example
 from qaware.errors import QawareError
 from qaware.exporters import get_exporter
 from qaware.exporters.check import require_legal
@@ -47,6 +50,7 @@ class QuantizationCallback(Callback):
         score_batches: int = 256,
         metrics: Sequence[str] = (),
         on_failure: str = "raise",
+        engine: str = "auto",
     ) -> None:
         """
         Args:
@@ -61,9 +65,12 @@ class QuantizationCallback(Callback):
             metrics: further ``evaluate`` metrics, by name or path.
             on_failure: ``raise`` when an artifact fails parity or its runtime dies (after everything
                 else is done and written), or ``warn``.
+            engine: ``auto`` chooses by recipe and runtimes and says so; see :mod:`qaware.engines.choose`.
         """
         if on_failure not in ("raise", "warn"):
             raise QawareError(f"on_failure: {on_failure!r} is not one of raise, warn")
+        if engine not in ENGINES:
+            raise QawareError(f"engine: {engine!r} is not one of {', '.join(ENGINES)}")
         if isinstance(export, str):
             raise QawareError(f"export: {export!r} must be a list, e.g. [{export}]")
         if score_batches < 1:
@@ -78,6 +85,7 @@ class QuantizationCallback(Callback):
         self.score_batches = score_batches
         self.metrics = tuple(metrics)
         self.on_failure = on_failure
+        self.engine = engine
         self.result: QuantizationResult | None = None
         """What came of it, once the Trainer is done."""
         self.label = f"{self.recipe.name} {self.method}"
@@ -99,13 +107,32 @@ class QuantizationCallback(Callback):
             self.result = None
         self._module = weakref.ref(pl_module)
 
-    def make_plan(self, pl_module: pl.LightningModule) -> Plan:
-        """Match the recipe and refuse, before anything expensive, what cannot work."""
+    def make_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
+        """Match the recipe, choose the engine, lay out where activations are rounded, and refuse, before
+        anything expensive, what cannot work."""
         load_extra(self.metrics)
-        plan = self.recipe.match(find_target(pl_module, self.target))
+        root = find_target(pl_module, self.target)
+        plan = self.recipe.match(root)
         require_legal(plan, self.exporters)
+        runtimes = [exporter.name for exporter in self.exporters]
+        choice = choose(plan, root, runtimes, self.engine)
+        if choice.engine != "modules":
+            plan = self._lay_out(trainer, pl_module, plan, choice, runtimes)
         rank_zero_info(plan.summary())
+        rank_zero_info(f"qaware: engine {choice.engine} ({choice.reason})")
         return plan
+
+    def _lay_out(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        plan: Plan,
+        choice: Choice,
+        runtimes: Sequence[str],
+    ) -> Plan:
+        example = find_example(trainer, pl_module, self.target) if plan.needs_calibration else Example()
+        root = find_target(detached_copy(pl_module), self.target)
+        return lay_out(choice, root, plan, example, runtimes, training=self.method == "qat")
 
     def make_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Task | None:
         """What is scored and exported; None when neither is asked for."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 
 from qaware.callbacks.data import find_target
+from qaware.callbacks.examples import example_of_array
 from qaware.callbacks.hooks import override
 from qaware.callbacks.nested import detached_copy
 from qaware.callbacks.restoring import apply_plan, restore_structure
@@ -22,15 +23,22 @@ from qaware.callbacks.state import (
     set_state,
 )
 from qaware.engines.base import QuantizedModel
-from qaware.engines.modules import ModulesEngine
+from qaware.engines.choose import choose, engine_for, lay_out
+from qaware.engines.example import Example
 from qaware.errors import QawareError
+from qaware.matching import CONVOLUTIONS
+from qaware.plan import Plan
 from qaware.recipe import Recipe
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
 
 def prepare(
-    pl_module: Module, recipe: str | Path | Mapping[str, Any] | Recipe, target: str | None = None
+    pl_module: Module,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    target: str | None = None,
+    export: Sequence[str] = (),
+    engine: str = "auto",
 ) -> Module:
     """Insert fake-quantizers into ``pl_module`` in place, and return it.
 
@@ -38,17 +46,25 @@ def prepare(
     strategies that train in other processes (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``), and the loading
     of sharded checkpoints. A module that builds its layers in ``configure_model`` is prepared right after.
 
+    Args:
+        pl_module: float. Where convolutions or activations are to be integers, its ``example_input_array``
+            shows where they are rounded.
+        recipe: name, path of a YAML file, plain data, or a :class:`qaware.Recipe`.
+        target: name of the submodule to quantize; None for the whole module.
+        export: runtimes that the model is for, by which the engine is chosen.
+        engine: ``auto``, ``modules``, ``eager`` or ``graph``.
+
     Raises:
         QawareError: the recipe does not fit the model, or the module was prepared under another recipe.
     """
     recipe = Recipe.load(recipe)
     if is_built(pl_module):
-        _prepare_now(pl_module, recipe, target)
+        _prepare_now(pl_module, recipe, target, export, engine)
     else:
 
         def configure_model(module: pl.LightningModule, original: Any) -> None:
             original()
-            _prepare_now(module, recipe, target)
+            _prepare_now(module, recipe, target, export, engine)
 
         override(pl_module, "configure_model", configure_model)
     return pl_module
@@ -67,7 +83,9 @@ def convert(pl_module: pl.LightningModule) -> QuantizedModel:
             "module that prepare(), load_from_checkpoint() or the callback prepared"
         )
     prepared = detached_copy(pl_module)
-    quantized = ModulesEngine().convert(find_target(prepared, state.target), state.plan)
+    quantized: QuantizedModel = engine_for(state.plan).convert(
+        find_target(prepared, state.target), state.plan
+    )
     set_state(prepared, QuantizationState(CONVERTED, state.plan, state.target))
     return quantized
 
@@ -106,9 +124,34 @@ def is_built(pl_module: pl.LightningModule) -> bool:
     return any(True for _ in pl_module.parameters())
 
 
-def _prepare_now(pl_module: pl.LightningModule, recipe: Recipe, target: str | None) -> None:
+def _prepare_now(
+    pl_module: pl.LightningModule, recipe: Recipe, target: str | None, export: Sequence[str], engine: str
+) -> None:
     require_continuation(pl_module, recipe, target)
-    apply_plan(pl_module, recipe.match(find_target(pl_module, target)), target)
+    if get_state(pl_module) is None:
+        plan = recipe.match(find_target(pl_module, target))
+        apply_plan(pl_module, _laid_out(pl_module, plan, target, export, engine), target)
+
+
+def _laid_out(
+    pl_module: pl.LightningModule, plan: Plan, target: str | None, export: Sequence[str], engine: str
+) -> Plan:
+    root = find_target(pl_module, target)
+    choice = choose(plan, root, export, engine)
+    if choice.engine == "modules":
+        return plan
+    example = example_of_array(pl_module, target)
+    convolutions = any(d.type in CONVOLUTIONS for d in plan.quantized.values())
+    if example is None and plan.needs_calibration and (convolutions or engine != "auto"):
+        raise QawareError(
+            f"{type(pl_module).__name__}: integer activations need one batch, to see where the model rounds "
+            "them; set self.example_input_array in the LightningModule"
+        )
+    if example is None and plan.needs_calibration:
+        return plan
+    root = find_target(detached_copy(pl_module), target)
+    laid: Plan = lay_out(choice, root, plan, example or Example(), export, training=True)
+    return laid
 
 
 def require_continuation(pl_module: pl.LightningModule, recipe: Recipe, target: str | None) -> None:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader
 
-from qaware.calibration import Look, Share, calibrate, passes, require_loader, same_draws
+from qaware.calibration import Look, calibrate, passes, require_loader, same_draws
+from qaware.calibration_checks import DEFAULT_BATCHES, require_enough
 from qaware.callbacks.base import QuantizationCallback, refuse_double
+from qaware.callbacks.calibrating import CalibrationStep, shared
 from qaware.callbacks.data import find_target, raw_loader
 from qaware.callbacks.nested import detached_copy, validate
 from qaware.callbacks.strategies import refuse_flat
 from qaware.engines.base import float_bytes
-from qaware.engines.modules import ModulesEngine
+from qaware.engines.choose import engine_for
 from qaware.errors import QawareError
 from qaware.pipeline import Pipeline
 from qaware.plan import Plan
@@ -51,8 +51,9 @@ class PostTrainingQuantization(QuantizationCallback):
         score_batches: int = 256,
         metrics: Sequence[str] = (),
         on_failure: str = "raise",
+        engine: str = "auto",
         calibration: Any = None,
-        calibration_batches: int = 32,
+        calibration_batches: int | None = None,
     ) -> None:
         """
         Args:
@@ -64,13 +65,17 @@ class PostTrainingQuantization(QuantizationCallback):
             score_batches: validation batches that are scored at most.
             metrics: further ``evaluate`` metrics, by name or path.
             on_failure: ``raise`` at the end when an artifact fails, or ``warn``.
+            engine: ``auto``, ``modules``, ``eager`` or ``graph``.
             calibration: loader whose batches the validation step takes; default the training data, and
                 without any the validation data. Only recipes with static activations need it. Under several
                 processes every one takes the whole loader, and observes its share of the batches.
-            calibration_batches: how many batches are observed, by all processes together.
+            calibration_batches: how many batches are observed, by all processes together; an error where the
+                data has fewer. None: up to 32.
         """
-        super().__init__(recipe, target, export, output_dir, score, score_batches, metrics, on_failure)
-        if calibration_batches < 1:
+        super().__init__(
+            recipe, target, export, output_dir, score, score_batches, metrics, on_failure, engine
+        )
+        if calibration_batches is not None and calibration_batches < 1:
             raise QawareError(f"calibration_batches: {calibration_batches} must be at least 1")
         if calibration is not None:
             require_loader(calibration)
@@ -126,7 +131,7 @@ class PostTrainingQuantization(QuantizationCallback):
                 f"{type(pl_module).__name__}: was prepared for QAT; its result is in that callback, "
                 "or give PTQ a float model"
             )
-        self._plan = self.make_plan(pl_module)
+        self._plan = self.make_plan(trainer, pl_module)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         plan = self._plan
@@ -137,27 +142,30 @@ class PostTrainingQuantization(QuantizationCallback):
         if (self.float_label, "float") not in pipeline.ledger.scores:
             pipeline.score_module(self.float_label, "float", self.float_model, float_bytes(self.float_model))
         prepared = detached_copy(pl_module)
-        ModulesEngine().prepare(find_target(prepared, self.target), plan)
+        engine_for(plan).prepare(find_target(prepared, self.target), plan)
         if plan.needs_calibration:
             self._calibrate(trainer, prepared, pipeline)
         self.convert_and_export(trainer, pipeline, prepared, plan)
 
     def _calibrate(self, trainer: pl.Trainer, prepared: pl.LightningModule, pipeline: Pipeline) -> None:
         """Run the user's validation step over calibration batches with the observers on, in float."""
-        shares, loader = _shared(self._loader, self.calibration_batches)
-        steps = math.ceil(self.calibration_batches / trainer.world_size) * len(shares) * passes(prepared)
+        count = self.calibration_batches or DEFAULT_BATCHES
+        shares, loader = shared(self._loader, count)
+        steps = math.ceil(count / trainer.world_size) * len(shares) * passes(prepared)
+        example = None if pipeline.task is None else pipeline.task.example
         with pipeline.progress("Calibrating", steps) as advance:
 
             def run_pass(look: Look) -> None:
+                step = CalibrationStep(shares, look, advance)
                 try:
-                    validate(prepared, loader, 1.0, [_Step(shares, look, advance)])
+                    validate(prepared, loader, 1.0, [step])
                 except QawareError:
                     raise
                 except Exception as error:  # whatever the user's step makes of a batch that it does not know
-                    raise QawareError(
-                        "calibration: validation_step failed on a batch of calibration data "
-                        f"({' '.join(str(error).split())}); give calibration= batches that it takes"
-                    ) from error
+                    raise QawareError(step.failed(example, error)) from error
+                line = require_enough(sum(share.used for share in shares), self.calibration_batches)
+                if line and look.index == 0:
+                    rank_zero_info(line)
 
             calibrate(prepared, run_pass)
         self._loader = None
@@ -176,38 +184,3 @@ class PostTrainingQuantization(QuantizationCallback):
             "because there is no training data; give calibration= other data"
         )
         return raw_loader(trainer, "val")
-
-
-class _Step(pl.Callback):
-    """Advances a bar after every batch; a batch that is only there to keep ranks together is not observed."""
-
-    def __init__(self, shares: list[Share], look: Look, advance: Callable[[], None]) -> None:
-        self.shares = shares
-        self.look = look
-        self.advance = advance
-
-    def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.look(batch_idx not in self.shares[dataloader_idx].repeats)
-
-    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
-        self.advance()
-
-
-def _shared(loader: Any, count: int) -> tuple[list[Share], CombinedLoader]:
-    """Every loader in the collection that ``Trainer.validate`` takes becomes this rank's share of it."""
-    if isinstance(loader, (list, tuple)) and not any(
-        isinstance(item, (DataLoader, CombinedLoader)) for item in loader
-    ):
-        # Batches, each of which Lightning would take for a loader.
-        loader = DataLoader(loader, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
-    combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "sequential")
-    leaves, structure = tree_flatten(combined.iterables)
-    shares = [Share(leaf, count) for leaf in leaves]
-    return shares, CombinedLoader(tree_unflatten(shares, structure), combined._mode)

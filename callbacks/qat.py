@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from qaware.callbacks.averages import averages, expect_override
 from qaware.callbacks.base import QuantizationCallback, refuse_double
+from qaware.callbacks.batch_norm import freeze_batch_norm, refuse_sync, share_statistics
 from qaware.callbacks.data import find_target
 from qaware.callbacks.distillation import Distillation, float_copy, require_loss
 from qaware.callbacks.hooks import override, restore
@@ -23,6 +24,7 @@ from qaware.callbacks.strategies import refuse_flat, require_prepared
 from qaware.engines.base import float_bytes
 from qaware.engines.fake_quant import is_rounding, set_fake_quant
 from qaware.errors import QawareError
+from qaware.exporters.check import require_legal
 from qaware.observers import all_reduce, observers
 from qaware.plan import Plan
 from qaware.recipe import Recipe
@@ -53,8 +55,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         score_batches: int = 256,
         metrics: Sequence[str] = (),
         on_failure: str = "raise",
+        engine: str = "auto",
         start_step: int = 0,
         freeze_observers_step: int | None = None,
+        freeze_batch_norm_step: int | None = None,
         convert: bool = True,
         distillation: float = 0.0,
     ) -> None:
@@ -68,20 +72,31 @@ class QuantizationAwareTraining(QuantizationCallback):
             score_batches: validation batches that are scored at most.
             metrics: further ``evaluate`` metrics, by name or path.
             on_failure: ``raise`` at the end when an artifact fails, or ``warn``.
+            engine: ``auto``, ``modules``, ``eager`` or ``graph``.
             start_step: optimizer step from which the forward pass rounds; before it training is float
                 (observers already look).
             freeze_observers_step: optimizer step from which static activation ranges stay; None for never.
+            freeze_batch_norm_step: optimizer step from which batch norms use their running statistics, as the
+                converted model does, and no longer move them; None for never.
             convert: convert, score and export at the end of fit.
             distillation: share of the loss, 0 to 1, that is the divergence from the outputs of the float
                 model of ``start_step``, instead of your own loss.
         """
-        super().__init__(recipe, target, export, output_dir, score, score_batches, metrics, on_failure)
+        super().__init__(
+            recipe, target, export, output_dir, score, score_batches, metrics, on_failure, engine
+        )
         if start_step < 0:
             raise QawareError(f"start_step: {start_step} must be 0 or more")
-        if freeze_observers_step is not None and freeze_observers_step < 1:
-            raise QawareError(f"freeze_observers_step: {freeze_observers_step} must be at least 1, or None")
+        steps = {
+            "freeze_observers_step": freeze_observers_step,
+            "freeze_batch_norm_step": freeze_batch_norm_step,
+        }
+        for key, step in steps.items():
+            if step is not None and step < 1:
+                raise QawareError(f"{key}: {step} must be at least 1, or None")
         self.start_step = start_step
         self.freeze_observers_step = freeze_observers_step
+        self.freeze_batch_norm_step = freeze_batch_norm_step
         self.convert = convert
         self._teacher = Distillation(distillation, target)
         self.distillation = self._teacher.weight
@@ -125,24 +140,29 @@ class QuantizationAwareTraining(QuantizationCallback):
         def configure_model(module: pl.LightningModule, original: Any) -> None:
             original()
             if is_built(module):  # else called by an averaging callback, before LightningModule.setup
-                self._prepare(module)
+                self._prepare(trainer, module)
                 for average in averages(trainer, module):
                     self._prepare_average(average)
 
         if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
             # Nothing is built later, and averaging callbacks after this one shall copy a prepared model.
-            self._prepare(pl_module)
+            self._prepare(trainer, pl_module)
             expect_override()
         override(pl_module, "configure_model", configure_model)
 
-    def _prepare(self, pl_module: pl.LightningModule) -> None:
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare what is not prepared yet; Lightning may call ``configure_model`` several times."""
         state = get_state(pl_module)
+        if state is not None and state.plan.layout is not None:
+            require_legal(state.plan, self.exporters)
+            self._plan = state.plan
+            return
         if state is not None and state.plan is self._plan:
             now = self.recipe.match(find_target(pl_module, self.target))
             if now.quantized.keys() <= state.plan.quantized.keys():
                 return
-        self._plan = self.make_plan(pl_module)
+        self._plan = self.make_plan(trainer, pl_module)
+        refuse_sync(trainer, self._plan)
         apply_plan(pl_module, self._plan, self.target)
 
     def _prepare_average(self, average: pl.LightningModule) -> None:
@@ -165,7 +185,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A model without a single layer says so."""
         if get_state(pl_module) is None:
-            self._prepare(pl_module)
+            self._prepare(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The sanity check computes what the first training step will."""
@@ -224,6 +244,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         frozen = self.freeze_observers_step is not None and step >= self.freeze_observers_step
         for observer in observers(pl_module):
             observer.observing = observing and not frozen
+        if observing and self.freeze_batch_norm_step is not None and step >= self.freeze_batch_norm_step:
+            freeze_batch_norm(find_target(pl_module, self.target))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert, score and export a copy."""
@@ -236,6 +258,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if not self._begun and not self._was_rounding:  # ended before start_step
             self._measure_float(trainer, pl_module)
         set_fake_quant(pl_module, True)
+        share_statistics(pl_module)
         prepared = detached_copy(pl_module)
         pipeline = self.make_pipeline(trainer, self._task)
         target = find_target(prepared, self.target)

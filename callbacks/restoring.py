@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from qaware.calibration import refuse_histogram
+from qaware.calibration import refuse_several_passes
 from qaware.callbacks.data import find_target
 from qaware.callbacks.state import (
     KEY,
@@ -17,17 +17,18 @@ from qaware.callbacks.state import (
     require_same_recipe,
     set_state,
 )
+from qaware.engines.choose import engine_for
 from qaware.engines.fake_quant import set_fake_quant
-from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
+from qaware.layout import Layout
 from qaware.plan import Plan
 from qaware.recipe import Recipe
 
 
 def apply_plan(pl_module: pl.LightningModule, plan: Plan, target: str | None) -> None:
     """Prepare the planned layers for training and remember how."""
-    refuse_histogram(plan)
-    ModulesEngine().prepare(find_target(pl_module, target), plan)
+    refuse_several_passes(plan)
+    engine_for(plan).prepare(find_target(pl_module, target), plan)
     set_state(pl_module, QuantizationState(PREPARED, plan, target))
 
 
@@ -39,7 +40,10 @@ def restore_structure(pl_module: pl.LightningModule, checkpoint: dict[str, Any])
     recipe, target = Recipe.from_dict(saved["recipe"]), saved["target"]
     state = get_state(pl_module)
     if state is None:
-        apply_plan(pl_module, recipe.match(find_target(pl_module, target)), target)
+        plan = recipe.match(find_target(pl_module, target))
+        layout = saved.get("layout")
+        plan = plan.with_layout(None if layout is None else Layout.from_dict(layout))
+        apply_plan(pl_module, plan, target)
     else:
         require_same_recipe("checkpoint", recipe, target, state.plan.recipe, state.target)
     fake_quant = saved.get("fake_quant", True)

@@ -55,6 +55,7 @@ def _mark(pl_module: pl.LightningModule, original: Any, checkpoint: dict[str, An
         "recipe": state.plan.recipe.to_dict(),
         "recipe_hash": state.plan.recipe.hash,
         "target": state.target,
+        "layout": None if state.plan.layout is None else state.plan.layout.to_dict(),
         "fake_quant": is_rounding(pl_module),
     }
     original(checkpoint)

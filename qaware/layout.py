@@ -55,6 +55,8 @@ class Layout:
     """``eager`` or ``graph``."""
     layers: tuple[LayerSite, ...] = ()
     operations: tuple[OperationSite, ...] = ()
+    scopes: tuple[str, ...] = ()
+    """Modules without children that add or concatenate inside; their functions are counted apart."""
     graph: Mapping[str, Any] | None = None
     """The graph engine's own plain data."""
 
@@ -68,6 +70,7 @@ class Layout:
             "engine": self.engine,
             "layers": [dataclasses.asdict(site) for site in self.layers],
             "operations": [dataclasses.asdict(site) for site in self.operations],
+            "scopes": list(self.scopes),
             "graph": None if self.graph is None else dict(self.graph),
         }
 
@@ -78,5 +81,6 @@ class Layout:
             data["engine"],
             tuple(LayerSite(**site) for site in data["layers"]),
             tuple(OperationSite(**site) for site in data["operations"]),
+            tuple(data["scopes"]),
             data["graph"],
         )

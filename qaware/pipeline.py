@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qaware.engines.base import QuantizedModel
-from qaware.engines.modules import ModulesEngine
+from qaware.engines.choose import engine_for
 from qaware.errors import ParityError, QawareError
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.base import Exporter
@@ -97,7 +97,7 @@ class Pipeline:
 
     def convert(self, prepared: nn.Module, plan: Plan) -> QuantizationResult:
         """Convert ``prepared`` in place (give a copy) and score the converted model."""
-        quantized = ModulesEngine().convert(prepared, plan)
+        quantized = engine_for(plan).convert(prepared, plan)
         result = QuantizationResult(quantized, quantized.plan)
         score = self.score_module(self.label, "converted", quantized.module, quantized.bytes)
         if score is not None:

@@ -88,6 +88,19 @@ class Plan:
         """The decision on the weight of module ``name``."""
         return self.quantized[name]
 
+    def with_layout(self, layout: Layout | None) -> Plan:
+        """The plan as it was laid out before: static layers that have no place in ``layout`` stay float."""
+        if layout is None:
+            return self
+        laid = {site.module for site in layout.layers}
+        decisions = tuple(
+            dataclasses.replace(d, scheme=None, problem=None, reason="stays float: left out when laid out")
+            if d.scheme is not None and d.scheme.is_static and d.module not in laid
+            else d
+            for d in self.decisions
+        )
+        return Plan(self.recipe, decisions, layout)
+
     def renamed(self, names: Mapping[str, str]) -> Plan:
         """The decisions on the modules in ``names``, under their new names."""
         kept = [d for d in self.decisions if d.module in names]

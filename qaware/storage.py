@@ -13,15 +13,20 @@ from torch import Tensor, nn
 
 from qaware.copying import deep_copy
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
+from qaware.engines.eager import EagerEngine, fold_shapes
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
 from qaware.files import atomic
+from qaware.layout import Layout
+from qaware.matching import QUANTIZABLE
 from qaware.plan import Decision, Plan
 from qaware.recipe import Recipe
 from qaware.scheme import Scheme
 
 FORMAT, VERSION = "qaware quantized model", 1
 _SHOWN = 4
+_WEIGHT = ("weight", "weight_scale", "weight_zero_point")
+"""What a layer's integers are kept in; they are saved apart."""
 
 
 def save(quantized: QuantizedModel, path: Path) -> None:
@@ -34,14 +39,22 @@ def save(quantized: QuantizedModel, path: Path) -> None:
     ``layers``
         by module name: ``data``, int8 (rows, width) or the float16 weight; ``scale``, float32
         (rows, width / block), and ``zero_point``, int8 of the same shape, or None; ``dtype`` to compute in;
-    ``activations``
-        by module name: ``scale`` and ``zero_point`` of a static input;
+    ``activations``, ``outputs``
+        by module name: ``scale`` and ``zero_point`` of a static input; by site, of an integer result;
+    ``layout``
+        where activations are rounded, or None;
     ``tensors``, ``caches``
         by name: all that stays float; caches are the buffers that no checkpoint holds.
 
     Raises:
         QawareError: the file cannot be written.
     """
+    layout = quantized.plan.layout
+    if layout is not None and layout.engine == "graph":
+        raise QawareError(
+            f"{path}: the graph engine's model is a program, not a module with integers; export it, or "
+            "quantize with engine: eager to save it"
+        )
     modules = dict(quantized.module.named_modules())
     tensors, caches = _float_tensors(quantized.module, quantized.weights)
     once: dict[int, Tensor] = {}
@@ -52,6 +65,8 @@ def save(quantized: QuantizedModel, path: Path) -> None:
         "decisions": [_decision_data(decision) for decision in quantized.plan.decisions],
         "layers": {name: _layer_data(modules[name], w, once) for name, w in quantized.weights.items()},
         "activations": {name: dataclasses.asdict(a) for name, a in quantized.activations.items()},
+        "outputs": {name: dataclasses.asdict(a) for name, a in quantized.outputs.items()},
+        "layout": None if layout is None else layout.to_dict(),
         "tensors": {name: _plain(tensor, once) for name, tensor in tensors.items()},
         "caches": {name: _plain(tensor, once) for name, tensor in caches.items()},
     }
@@ -74,13 +89,34 @@ def load_quantized(path: str | Path, model: nn.Module) -> QuantizedModel:
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     data = _read(Path(path), torch.device("cpu") if device.type == "meta" else device)
+    layout = None if data.get("layout") is None else Layout.from_dict(data["layout"])
+    decisions = tuple(_decision(d) for d in data["decisions"])
+    plan = Plan(Recipe.from_dict(data["recipe"]), decisions, layout)
+    model = deep_copy(model)
+    if layout is not None:
+        _require_sites(path, model, layout)
+        fold_shapes(model, layout)
     _refuse_other_architecture(path, data, model)
-    plan = Plan(Recipe.from_dict(data["recipe"]), tuple(_decision(d) for d in data["decisions"]))
     weights = {name: _weight(layer, plan.layer(name)) for name, layer in data["layers"].items()}
     activations = {name: ActivationRange(**a) for name, a in data["activations"].items()}
-    model = deep_copy(model)
     _fill(model, data)
-    return ModulesEngine().rebuild(model, plan, weights, activations)
+    if layout is None:
+        return ModulesEngine().rebuild(model, plan, weights, activations)
+    outputs = {name: ActivationRange(**a) for name, a in data["outputs"].items()}
+    return EagerEngine().rebuild(model, plan, weights, activations, outputs)
+
+
+def _require_sites(path: str | Path, model: nn.Module, layout: Layout) -> None:
+    """Refuse an architecture without the modules that were folded or watched."""
+    names = {name for name, _ in model.named_modules()}
+    wanted = [site.batch_norm for site in layout.layers if site.batch_norm]
+    wanted += [site.module for site in layout.layers] + [site.owner for site in layout.operations]
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise QawareError(
+            f"{path}: {type(model).__name__} is another architecture: it has no {missing[0]}; give the "
+            "float model that was quantized"
+        )
 
 
 def _float_tensors(
@@ -91,7 +127,7 @@ def _float_tensors(
     caches: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and not (key == "weight" and prefix in quantized):
+            if tensor is not None and not (key in _WEIGHT and prefix in quantized):
                 held = caches if key in module._non_persistent_buffers_set else tensors
                 held[f"{prefix}.{key}" if prefix else key] = tensor
     return tensors, caches
@@ -146,8 +182,9 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _refuse_other_architecture(path: str | Path, data: dict[str, Any], model: nn.Module) -> None:
-    types = {d["module"]: d["type"] for d in data["decisions"] if d["module"] in data["layers"]}
-    saved = {f"{n} ({types[n]})": tuple(layer["data"].shape) for n, layer in data["layers"].items()}
+    layers = {d["module"]: d for d in data["decisions"] if d["scheme"] and d["module"] in data["layers"]}
+    types = {name: decision["type"] for name, decision in layers.items()}
+    saved = {f"{name} ({types[name]})": tuple(decision["shape"]) for name, decision in layers.items()}
     saved |= {name: tuple(tensor.shape) for name, tensor in data["tensors"].items()}
     here = {
         f"{name} ({_kind(module)})": tuple(weight.shape)
@@ -167,10 +204,13 @@ def _refuse_other_architecture(path: str | Path, data: dict[str, Any], model: nn
         )
 
 
+_KINDS = tuple(getattr(nn, name) for name in QUANTIZABLE)
+
+
 def _kind(module: nn.Module) -> str:
-    """``Linear`` and ``Embedding`` for exactly these, as in a plan."""
+    """``Linear``, ``Embedding`` and so on for exactly these, as in a plan."""
     cls = type(module)
-    return cls.__name__ if cls in (nn.Linear, nn.Embedding) else f"{cls.__module__}.{cls.__name__}"
+    return cls.__name__ if cls in _KINDS else f"{cls.__module__}.{cls.__name__}"
 
 
 def _inside(layers: Collection[str], model: nn.Module) -> str:

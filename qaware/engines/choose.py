@@ -1,0 +1,122 @@
+"""Which engine prepares a model: by what the recipe asks for, and by the runtimes that it ships to.
+
+One recipe serves all. Weights alone, and ranges measured at run time, are the ``modules`` engine's.
+Integer activations and convolutions are the ``eager`` engine's, whose rounding every runtime can hold, or,
+for ExecuTorch or AOTInductor alone, the ``graph`` engine's with that runtime's own quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qaware.adapters import from_peft
+from qaware.engines.example import Example
+from qaware.engines.modules import ModulesEngine
+from qaware.errors import QawareError
+from qaware.matching import CONVOLUTIONS
+from qaware.plan import Plan
+from qaware.sharded import is_sharded
+
+ENGINES = ("auto", "modules", "eager", "graph")
+_GRAPH_RUNTIMES = ("executorch", "aoti")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine and why it is the one."""
+
+    engine: str
+    reason: str
+
+
+def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = "auto") -> Choice:
+    """The engine for ``plan``.
+
+    Args:
+        plan: made for ``model``.
+        model: float.
+        runtimes: names of the exporters.
+        wanted: one of ``ENGINES``.
+
+    Raises:
+        QawareError: the wanted engine cannot do it.
+    """
+    convolutions = [d.module for d in plan.quantized.values() if d.type in CONVOLUTIONS]
+    static = any(d.scheme and d.scheme.is_static for d in plan.quantized.values())
+    if wanted == "modules" and convolutions:
+        raise QawareError(
+            f"engine: 'modules' has no convolutions ({convolutions[0]}); use engine: eager, or auto"
+        )
+    if wanted == "graph":
+        _require_graph_runtime(runtimes)
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if not (static or convolutions):
+        return Choice("modules", "weights, and ranges measured at run time")
+    if not convolutions and (obstacle := _unlaid(plan, model, runtimes)):
+        return Choice("modules", obstacle)
+    if static and len(runtimes) == 1 and runtimes[0] in _GRAPH_RUNTIMES and not has_stubs(model):
+        return Choice("graph", f"{runtimes[0]} alone, by the quantizer that is made for it")
+    return Choice("eager", f"integers that {', '.join(runtimes)} hold alike" if runtimes else "integers")
+
+
+def has_stubs(model: nn.Module) -> bool:
+    """Whether the model has QuantStubs of its own."""
+    return any(
+        type(m).__name__ == "QuantStub" and type(m).__module__.startswith("torch.") for m in model.modules()
+    )
+
+
+def lay_out(
+    choice: Choice, model: nn.Module, plan: Plan, example: Example, runtimes: Sequence[str], training: bool
+) -> Plan:
+    """The plan with the engine's layout; float layers that it cannot take are listed in it.
+
+    Raises:
+        QawareError: the engine cannot take the model, or a layer its scheme.
+    """
+    if choice.engine == "eager":
+        from qaware.engines.eager import EagerEngine
+
+        return EagerEngine().lay_out(model, plan, example)
+    if choice.engine == "graph":
+        from qaware.engines.graph import GraphEngine
+
+        plan = GraphEngine().lay_out(model, plan, example, runtimes[0], training)
+    return plan
+
+
+def engine_for(plan: Plan) -> Any:
+    """The engine that a plan's layout is of."""
+    if plan.layout is None:
+        return ModulesEngine()
+    if plan.layout.engine == "graph":
+        from qaware.engines.graph import GraphEngine
+
+        return GraphEngine()
+    from qaware.engines.eager import EagerEngine
+
+    return EagerEngine()
+
+
+def _require_graph_runtime(runtimes: Sequence[str]) -> None:
+    if len(runtimes) != 1 or runtimes[0] not in _GRAPH_RUNTIMES:
+        raise QawareError(
+            f"engine: 'graph' quantizes for one of {', '.join(_GRAPH_RUNTIMES)}, export has "
+            f"{', '.join(runtimes) or 'none'}; use engine: eager for several"
+        )
+
+
+def _unlaid(plan: Plan, model: nn.Module, runtimes: Sequence[str]) -> str | None:
+    """Why a model of linear layers is not laid out, so that only what enters a layer is rounded."""
+    if any(d.type == "Embedding" for d in plan.quantized.values()) and "executorch" not in runtimes:
+        return "a language model: what enters each linear layer is rounded, all else is float"
+    if any(is_sharded(m) or from_peft(m) for m in model.modules()):
+        return "sharded or adapted layers: what enters each of them is rounded, all else is float"
+    if any(p.is_meta for p in model.parameters()):
+        return "a model without data yet: what enters each linear layer is rounded, all else is float"
+    return None

@@ -1,0 +1,140 @@
+"""Round the results of functions that a module's own ``forward`` calls: residual additions, concatenations.
+
+PyTorch's eager quantization asks the user to write ``FloatFunctional`` for them. Here the module's class
+is swapped for one whose ``forward`` runs under a function mode, which hands each such result to a submodule
+``qaware_operations.<kind>_<index>``, so neither the model's code nor the names of its modules change.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from qaware.layout import OperationSite
+
+_KINDS: dict[Any, str] = {
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__), "add"),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "cat"),
+}
+_CHILD = "qaware_operations"
+_running = threading.local()
+
+
+def kind_of(function: Any, args: Any) -> str | None:
+    """``add`` or ``cat`` where ``function`` joins floating-point tensors; a scalar added is neither."""
+    kind = _KINDS.get(function)
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)] if kind else []
+    return kind if len(tensors) > 1 and all(t.is_floating_point() for t in tensors) else None
+
+
+class Operation(nn.Module):
+    """What happens to one result: an activation function, then rounding."""
+
+    def __init__(self, quantizer: nn.Module, relu: bool) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as ``x``."""
+        rounded: Tensor = self.quantizer(torch.relu(x) if self.relu else x)
+        return rounded
+
+
+class Scoped(nn.Module):
+    """Base of the classes that :func:`add_operation` makes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, with its functions watched."""
+        with _scope(self):
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class cannot be imported by its name, so a copy, in another process too, makes it again.
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (type(self).__bases__[1],), *reduced[2:])
+
+
+def add_operation(owner: nn.Module, site: OperationSite, quantizer: nn.Module) -> None:
+    """Round one result in ``owner``, in place; ``quantizer`` takes and gives a tensor."""
+    add_scope(owner)
+    operation = Operation(quantizer, site.relu)
+    operations(owner)[f"{site.kind}_{site.index}"] = operation.train(owner.training)
+
+
+def add_scope(owner: nn.Module) -> None:
+    """Count the functions that ``owner`` calls apart from those of the module that calls it, in place."""
+    if not isinstance(owner, Scoped):
+        owner.__class__ = _scoped_class(type(owner))
+        owner.add_module(_CHILD, nn.ModuleDict())
+
+
+def operations(owner: nn.Module) -> nn.ModuleDict:
+    """The operations of a module by kind and index; empty where none is rounded."""
+    children = owner._modules.get(_CHILD) if isinstance(owner, Scoped) else None
+    return children if isinstance(children, nn.ModuleDict) else nn.ModuleDict()
+
+
+_classes: dict[type, type] = {}
+
+
+def _scoped_class(cls: type) -> type:
+    if cls not in _classes:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _classes[cls] = type(cls.__name__, (Scoped, cls), names)
+    return _classes[cls]
+
+
+def _new(cls: type) -> Any:
+    return object.__new__(_scoped_class(cls))
+
+
+def _scope(owner: nn.Module) -> AbstractContextManager[None]:
+    """Functions called from here on, but not in a scope inside, belong to ``owner``."""
+    return _frame(operations(owner))
+
+
+def unwatched() -> AbstractContextManager[None]:
+    """Functions called from here on are an engine's own, not the model's."""
+    return _frame(nn.ModuleDict()) if getattr(_running, "stack", []) else nullcontext()
+
+
+@contextmanager
+def _frame(known: nn.ModuleDict) -> Iterator[None]:
+    stack: list[tuple[nn.ModuleDict, Counter[str]]] = getattr(_running, "stack", [])
+    _running.stack = stack
+    stack.append((known, Counter()))
+    try:
+        if len(stack) > 1:
+            yield
+        else:
+            with _Watch():
+                yield
+    finally:
+        stack.pop()
+
+
+class _Watch(TorchFunctionMode):
+    """Rounds the results of the innermost scope."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called for every function of torch."""
+        kwargs = kwargs or {}
+        kind = kind_of(func, (args, kwargs))
+        if kind is None:
+            return func(*args, **kwargs)
+        known, counts = _running.stack[-1]
+        name = f"{kind}_{counts[kind]}"
+        counts[kind] += 1
+        if name not in known:
+            return func(*args, **kwargs)
+        # Not in place: the result is another tensor anyway, and tracers know no copy into an old one.
+        return known[name](torch.add(*args, **kwargs) if func is Tensor.add_ else func(*args, **kwargs))
