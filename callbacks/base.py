@@ -18,8 +18,7 @@ from qaware.callbacks.loggers import log_rows
 from qaware.callbacks.nested import detached_copy
 from qaware.callbacks.progress import trainer_progress
 from qaware.callbacks.state import CONVERTED, QuantizationState, set_state
-from qaware.engines.choose import ENGINES, Choice, choose, lay_out
-from qaware.engines.example import Example
+from qaware.engines.choose import ENGINES, lay_out
 from qaware.errors import QawareError
 from qaware.exporters import get_exporter
 from qaware.exporters.check import require_legal
@@ -115,24 +114,17 @@ class QuantizationCallback(Callback):
         plan = self.recipe.match(root)
         require_legal(plan, self.exporters)
         runtimes = [exporter.name for exporter in self.exporters]
-        choice = choose(plan, root, runtimes, self.engine)
-        if choice.engine != "modules":
-            plan = self._lay_out(trainer, pl_module, plan, choice, runtimes)
+        plan, choice = lay_out(
+            plan,
+            root,
+            lambda: find_example(trainer, pl_module, self.target),
+            runtimes,
+            self.engine,
+            training=self.method == "qat",
+        )
         rank_zero_info(plan.summary())
         rank_zero_info(f"qaware: engine {choice.engine} ({choice.reason})")
         return plan
-
-    def _lay_out(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        plan: Plan,
-        choice: Choice,
-        runtimes: Sequence[str],
-    ) -> Plan:
-        example = find_example(trainer, pl_module, self.target) if plan.needs_calibration else Example()
-        root = find_target(detached_copy(pl_module), self.target)
-        return lay_out(choice, root, plan, example, runtimes, training=self.method == "qat")
 
     def make_task(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Task | None:
         """What is scored and exported; None when neither is asked for."""

@@ -23,10 +23,9 @@ from qaware.callbacks.state import (
     set_state,
 )
 from qaware.engines.base import QuantizedModel
-from qaware.engines.choose import choose, engine_for, lay_out
+from qaware.engines.choose import engine_for, lay_out
 from qaware.engines.example import Example
 from qaware.errors import QawareError
-from qaware.matching import CONVOLUTIONS
 from qaware.plan import Plan
 from qaware.recipe import Recipe
 
@@ -136,22 +135,16 @@ def _prepare_now(
 def _laid_out(
     pl_module: pl.LightningModule, plan: Plan, target: str | None, export: Sequence[str], engine: str
 ) -> Plan:
-    root = find_target(pl_module, target)
-    choice = choose(plan, root, export, engine)
-    if choice.engine == "modules":
-        return plan
-    example = example_of_array(pl_module, target)
-    convolutions = any(d.type in CONVOLUTIONS for d in plan.quantized.values())
-    if example is None and plan.needs_calibration and (convolutions or engine != "auto"):
-        raise QawareError(
-            f"{type(pl_module).__name__}: integer activations need one batch, to see where the model rounds "
-            "them; set self.example_input_array in the LightningModule"
-        )
-    if example is None and plan.needs_calibration:
-        return plan
-    root = find_target(detached_copy(pl_module), target)
-    laid: Plan = lay_out(choice, root, plan, example or Example(), export, training=True)
-    return laid
+    def find() -> Example:
+        example = example_of_array(pl_module, target)
+        if example is None:
+            raise QawareError(
+                f"{type(pl_module).__name__}: integer activations need one batch, to see where the model "
+                "rounds them; set self.example_input_array in the LightningModule"
+            )
+        return example
+
+    return lay_out(plan, find_target(pl_module, target), find, export, engine, training=True)[0]
 
 
 def require_continuation(pl_module: pl.LightningModule, recipe: Recipe, target: str | None) -> None:

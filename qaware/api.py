@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
-from qaware.calibration import Look, Share, calibrate, require_loader
+from qaware.calibration import Look, Share, calibrate, require_loader, same_draws
+from qaware.calibration_checks import DEFAULT_BATCHES, require_enough, step_failed
 from qaware.copying import deep_copy
 from qaware.engines.base import QuantizedModel
-from qaware.engines.modules import ModulesEngine
+from qaware.engines.choose import engine_for, lay_out
+from qaware.engines.example import Example, capture
 from qaware.errors import QawareError
 from qaware.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 Step = Callable[[nn.Module, Any], Any]
 
@@ -26,8 +31,10 @@ def quantize(
     model: nn.Module,
     recipe: str | dict[str, Any] | Recipe,
     calibration: Iterable[Any] | None = None,
-    calibration_batches: int = 32,
+    calibration_batches: int | None = None,
     step: Step | None = None,
+    runtimes: Sequence[str] = (),
+    engine: str = "auto",
 ) -> QuantizedModel:
     """Post-training quantization of a copy of ``model``, which itself is not changed.
 
@@ -40,8 +47,10 @@ def quantize(
             of a tuple or list as many items as it takes by position, so that labels behind the inputs are
             left out (where it also has optional arguments, ``step`` must say which is which). Under
             ``torch.distributed`` every process gives the whole loader.
-        calibration_batches: batches to observe at most.
+        calibration_batches: batches to observe; an error where there are fewer. None: up to 32.
         step: runs a batch of any other kind: ``step(model, batch)``.
+        runtimes: what it will be exported to, by which the engine is chosen.
+        engine: ``auto``, ``modules``, ``eager`` or ``graph``.
 
     Raises:
         QawareError: the recipe fits nothing or needs data that is not there, a batch does not fit
@@ -54,10 +63,30 @@ def quantize(
         share = _share(calibration, calibration_batches, plan.recipe.name)
     # Tensors made in inference mode, which the caller may be in, could not be exported later.
     with torch.inference_mode(False), torch.no_grad():
-        prepared = ModulesEngine().prepare(deep_copy(model).eval(), plan)
+        work = deep_copy(model).eval()
+        plan, choice = lay_out(plan, work, lambda: _example(work, share, step or _forward), runtimes, engine)
+        log.info("%s; engine %s (%s)", plan.summary(), choice.engine, choice.reason)
+        prepared = engine_for(plan).prepare(work, plan)
         if plan.needs_calibration:
-            calibrate(prepared, lambda look: _run(prepared, share, step or _forward, look))
-        return ModulesEngine().convert(prepared, plan)
+            calibrate(
+                prepared, lambda look: _run(prepared, share, calibration_batches, step or _forward, look)
+            )
+        converted: QuantizedModel = engine_for(plan).convert(prepared, plan)
+    return converted
+
+
+def _example(model: nn.Module, share: Share, step: Step) -> Example:
+    """What enters ``model`` for the first batch."""
+    with same_draws():
+        batch = next(iter(share))
+    example = capture(model, lambda: step(model, batch))
+    if example is None:
+        raise QawareError("step: did not call the model; it must be a function (model, batch) that does")
+    return example.to(_device(model))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _refuse_quantized(model: nn.Module) -> None:
@@ -68,8 +97,8 @@ def _refuse_quantized(model: nn.Module) -> None:
             raise QawareError(f"{name}: has an integer weight already; give the float model")
 
 
-def _share(calibration: Any, batches: int, recipe: str) -> Share:
-    if batches < 1:
+def _share(calibration: Any, batches: int | None, recipe: str) -> Share:
+    if batches is not None and batches < 1:
         raise QawareError(f"calibration_batches: {batches} must be at least 1")
     if calibration is None:
         raise QawareError(
@@ -79,14 +108,27 @@ def _share(calibration: Any, batches: int, recipe: str) -> Share:
     require_loader(calibration)
     if isinstance(calibration, Mapping):
         raise QawareError("calibration: a mapping is one batch; give a loader, or a list of batches")
-    return Share(calibration, batches)
+    return Share(calibration, batches or DEFAULT_BATCHES)
 
 
-def _run(model: nn.Module, share: Share, step: Step, look: Look) -> None:
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+def _run(model: nn.Module, share: Share, asked: int | None, step: Step, look: Look) -> None:
+    device = _device(model)
+    good: Any = None
     for position, batch in enumerate(share):
         look(position not in share.repeats)
-        step(model, _move(batch, device))
+        try:
+            step(model, _move(batch, device))
+        except QawareError:
+            raise
+        except Exception as error:  # whatever a model makes of a batch that it does not know
+            what = "the model" if step is _forward else "step"
+            message = step_failed(what, share.number(position), batch, good, error)
+            raise QawareError(message) from error
+        look.done(share.number(position), batch)
+        good = batch
+    line = require_enough(share.used, asked)
+    if line and look.index == 0:
+        log.info(line)
 
 
 def _move(batch: Any, device: torch.device) -> Any:

@@ -17,7 +17,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 import qaware
 from qaware import QawareError
 from qaware.engines.base import QuantizedModel
-from qaware.engines.integer import StaticLinear
+from qaware.engines.static_integer import IntegerLinear
 
 STATIC = {"rules": [{"type": "Linear", "scheme": {"bits": 8, "activation": "int8-static"}}]}
 HISTOGRAM = {
@@ -65,7 +65,7 @@ def test_the_model_stays_as_it_is_and_the_copy_is_quantized() -> None:
     assert type(model.first) is nn.Linear
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not quantized.module.training
-    assert type(quantized.module.first) is StaticLinear
+    assert type(quantized.module.first) is IntegerLinear
     assert isinstance(quantized.module.first.weight, IntxUnpackedToInt8Tensor)
     assert all(
         torch.equal(value, before[key])
@@ -84,7 +84,7 @@ def test_calibration_is_in_evaluation_mode_and_without_gradients() -> None:
 
     with torch.inference_mode():
         quantized = qaware.quantize(net(), "int8-static", batches(2), step=step)
-    assert modes == [(False, False, False)] * 2
+    assert modes == [(False, False, False)] * 3  # once to see where activations are rounded
     assert not any(weight.data.is_inference() for weight in quantized.weights.values())
 
 
@@ -93,7 +93,7 @@ def test_every_recipe_stays_close_to_the_float_model(recipe: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
     data = [torch.randn(32, 64) for _ in range(4)]
-    quantized = qaware.quantize(model, recipe, data if recipe == "int8-static" else None)
+    quantized = qaware.quantize(model, recipe, data if "static" in recipe else None)
     x = torch.cat(data)
     with torch.no_grad():
         error = (quantized.module(x) - model(x)).std() / model(x).std()
@@ -159,7 +159,7 @@ def test_open_signatures_get_everything() -> None:
 
     data = [(batches()[0], 1, 2), {"x": batches()[0], "y": 0}, batches()[0]]
     qaware.quantize(Open(), STATIC, data)
-    assert seen == [(3, []), (0, ["x", "y"]), (1, [])]
+    assert seen[1:] == [(3, []), (0, ["x", "y"]), (1, [])]
 
 
 def test_a_step_takes_any_other_batch() -> None:
@@ -229,14 +229,35 @@ def test_a_shuffled_loader_leaves_the_random_state_alone() -> None:
         (7, "calibration: a int is no loader"),
         (torch.ones(2, 8), "calibration: a Tensor is no loader"),
         ({"x": torch.ones(2, 8)}, "calibration: a mapping is one batch"),
-        ([torch.full((2, 8), float("nan"))], "first, second: calibration saw no finite activation"),
-        ([torch.full((2, 8), float("inf"))], "first, second: calibration saw no finite activation"),
+        (
+            [torch.ones(2, 8), torch.full((2, 8), float("nan"))],
+            "calibration: batch 1 (the first is 0) has NaN",
+        ),
+        ([torch.full((2, 8), float("inf"))], "NaN or infinity (16 of 16 values); repair the data"),
+        (
+            [torch.ones(2, 8), torch.ones(2, 7)],
+            "batch 1 (the first is 0), whose tensors have the shapes (2, 7)",
+        ),
+        ([torch.ones(2, 8), torch.ones(2, 7)], "where it took (2, 8) (mat1 and mat2 shapes cannot"),
     ],
 )
 def test_calibration_data_that_cannot_work(calibration: Any, words: str) -> None:
     with pytest.raises(QawareError) as caught:
         qaware.quantize(net(), "int8-static", calibration)
     assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_batches_than_asked_for_are_an_error_and_fewer_than_the_default_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(QawareError, match=r"calibration_batches: 9 were asked for and the data has 4; give"):
+        qaware.quantize(net(), STATIC, batches(), calibration_batches=9)
+    with caplog.at_level("INFO"):
+        qaware.quantize(net(), STATIC, batches(), calibration_batches=4)
+        assert not [line for line in caplog.messages if "batches" in line]
+        qaware.quantize(net(), HISTOGRAM, batches())
+    assert "qaware: calibrated on 4 batches, all that there are (the default takes 32)" in caplog.messages
 
 
 def test_a_recipe_without_static_activations_leaves_the_loader_alone() -> None:

@@ -7,7 +7,7 @@ for ExecuTorch or AOTInductor alone, the ``graph`` engine's with that runtime's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,22 +72,62 @@ def has_stubs(model: nn.Module) -> bool:
 
 
 def lay_out(
-    choice: Choice, model: nn.Module, plan: Plan, example: Example, runtimes: Sequence[str], training: bool
-) -> Plan:
-    """The plan with the engine's layout; float layers that it cannot take are listed in it.
+    plan: Plan,
+    model: nn.Module,
+    find_example: Callable[[], Example],
+    runtimes: Sequence[str],
+    wanted: str = "auto",
+    training: bool = False,
+) -> tuple[Plan, Choice]:
+    """The plan with its engine's layout, and the engine. Layers that it cannot take are float in the plan,
+    with the reason. Under ``auto`` a model that the first choice cannot take goes to the next.
+
+    Args:
+        plan: made for ``model``.
+        model: float, in evaluation mode; runs once on the example where activations are to be integers.
+        find_example: gives the example; called only where it is needed.
+        runtimes: names of the exporters.
+        wanted: one of ``ENGINES``.
+        training: whether it is for quantization-aware training.
 
     Raises:
-        QawareError: the engine cannot take the model, or a layer its scheme.
+        QawareError: no engine that may be used can take the model, or a layer its scheme.
     """
-    if choice.engine == "eager":
+    choice = choose(plan, model, runtimes, wanted)
+    if choice.engine == "modules":
+        return plan, choice
+    following = _following(plan, choice.engine, runtimes) if wanted == "auto" else []
+    try:
+        example = find_example() if plan.needs_calibration else Example()
+        return _laid_out(choice.engine, model, plan, example, runtimes, training), choice
+    except QawareError as error:
+        if not following:
+            raise
+        reason = f"{choice.engine} cannot take the model: {error}"
+    if following[0] == "eager":
+        return _laid_out("eager", model, plan, example, runtimes, training), Choice("eager", reason)
+    return plan, Choice("modules", reason)
+
+
+def _following(plan: Plan, engine: str, runtimes: Sequence[str]) -> list[str]:
+    """The engine to try after ``engine``."""
+    if engine == "graph":
+        return ["eager"]
+    whole = any(d.type in CONVOLUTIONS for d in plan.quantized.values()) or "executorch" in runtimes
+    return [] if whole else ["modules"]
+
+
+def _laid_out(
+    engine: str, model: nn.Module, plan: Plan, example: Example, runtimes: Sequence[str], training: bool
+) -> Plan:
+    if engine == "eager":
         from qaware.engines.eager import EagerEngine
 
         return EagerEngine().lay_out(model, plan, example)
-    if choice.engine == "graph":
-        from qaware.engines.graph import GraphEngine
+    from qaware.engines.graph import GraphEngine
 
-        plan = GraphEngine().lay_out(model, plan, example, runtimes[0], training)
-    return plan
+    laid: Plan = GraphEngine().lay_out(model, plan, example, runtimes[0], training)
+    return laid
 
 
 def engine_for(plan: Plan) -> Any:

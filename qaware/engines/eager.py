@@ -57,6 +57,8 @@ class EagerEngine:
             _refuse_scheme(name, decision)
         if not plan.needs_calibration:
             return dataclasses.replace(plan, layout=Layout("eager"))
+        model = deep_copy(model).eval()  # a forward may count its calls or fill a cache
+        example = example.to(next((p.device for p in model.parameters()), torch.device("cpu")))
         flow = _record(model, example)
         outside = outside_stubs(flow)
         reached = {call.name for call in flow.calls if call.module is not None}
@@ -253,14 +255,13 @@ def _computes_the_same(model: nn.Module, plan: Plan, example: Example) -> bool:
     goes on with the old tensor would not see the result."""
     if not _layout(plan).operations:
         return True
-    watched = deep_copy(model).eval()
-    plain = deep_copy(model).eval()
+    watched = deep_copy(model)
     for scope in _layout(plan).scopes:
         add_scope(watched.get_submodule(scope))
     for site in _layout(plan).operations:
         add_operation(watched.get_submodule(site.owner), site, nn.Identity())
     with torch.no_grad():
-        pairs = zip(tree_leaves(example.run(plain)), tree_leaves(example.run(watched)), strict=True)
+        pairs = zip(tree_leaves(example.run(model)), tree_leaves(example.run(watched)), strict=True)
     return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
 
 

@@ -79,7 +79,8 @@ def test_calibration_takes_as_many_batches_as_asked(tmp_path: Path) -> None:
     )
     run = trainer(callbacks=[ptq])
     run.validate(Counts(), images(1), verbose=False)
-    assert len(seen) == 4 + 2
+    # Four to validate, one to see where activations are rounded, two to calibrate.
+    assert len(seen) == 4 + 1 + 2
 
 
 @pytest.mark.usefixtures("fake_runtime")
@@ -261,7 +262,9 @@ def test_calibration_data_that_cannot_work(tmp_path: Path) -> None:
         trainer(callbacks=[nothing]).validate(classifier(), images(1), verbose=False)
     broken = [(torch.full((4, 16), torch.nan), torch.zeros(4, dtype=torch.int64))]
     unseen = static(target="net", output_dir=tmp_path, calibration=DataLoader(broken, batch_size=None))
-    with pytest.raises(QawareError, match=r"net\.0, net\.2: calibration saw no finite activation"):
+    with pytest.raises(
+        QawareError, match=r"calibration: batch 0 \(the first is 0\) has NaN .* at \[0\] \(64 of"
+    ):
         trainer(callbacks=[unseen]).validate(classifier(), images(1), verbose=False)
 
 
@@ -452,8 +455,29 @@ def test_calibration_takes_a_list_of_batches(tmp_path: Path) -> None:
 
 def test_a_batch_that_the_step_does_not_take_says_what_to_give() -> None:
     ptq = PostTrainingQuantization("int8-static", "net", calibration=[{"x": torch.ones(4, 16)}])
-    with pytest.raises(QawareError, match=r"calibration: validation_step failed .*give calibration="):
+    with pytest.raises(
+        QawareError, match=r"calibration: validation_step failed on batch 0 .*give calibration="
+    ):
         trainer(callbacks=[ptq]).validate(LitClassifier(), images(9), verbose=False)
+
+
+def test_a_batch_of_another_shape_is_named_beside_what_the_model_takes(tmp_path: Path) -> None:
+    good, bad = next(iter(images())), (torch.ones(4, 7), torch.zeros(4, dtype=torch.int64))
+    ptq = PostTrainingQuantization("int8-static", "net", output_dir=tmp_path, calibration=[good, bad])
+    words = r"failed on batch 1 \(the first is 0\).* shapes \(4, 7\), \(4,\), where it took \(2, 16\)"
+    with pytest.raises(QawareError, match=words):
+        trainer(callbacks=[ptq]).validate(LitClassifier(), images(9), verbose=False)
+
+
+def test_fewer_calibration_batches_than_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    few = list(images())[:3]
+    ptq = static(target="net", output_dir=tmp_path, calibration=few, calibration_batches=9)
+    with pytest.raises(QawareError, match=r"^calibration_batches: 9 were asked for and the data has 3; give"):
+        trainer(callbacks=[ptq]).validate(classifier(), images(1), verbose=False)
+    with caplog.at_level("INFO"):
+        ptq = static("histogram", target="net", output_dir=tmp_path, calibration=few)
+        trainer(callbacks=[ptq]).validate(classifier(), images(1), verbose=False)
+    assert sum("calibrated on 3 batches, all that there are" in line for line in caplog.messages) == 1
 
 
 def test_nothing_validated_is_nothing_quantized() -> None:
