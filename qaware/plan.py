@@ -12,6 +12,8 @@ from qaware.layout import Layout
 from qaware.recipe import Recipe
 from qaware.scheme import Scheme
 
+FOLDED = "folded into"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -36,7 +38,8 @@ class Decision:
     alias: str | None = None
     """The module's name once adapters are merged, by which rules know it too; None: the same."""
     dropped: str | None = None
-    """Why the parameter does not ship by itself: it belongs to an adapter; None for all others."""
+    """Why the parameter does not ship by itself: it belongs to an adapter or a folded batch norm; None for
+    all others."""
     obstacle: str | None = None
     """Why an adapter keeps the weight from being quantized, under any scheme."""
 
@@ -89,17 +92,11 @@ class Plan:
         return self.quantized[name]
 
     def with_layout(self, layout: Layout | None) -> Plan:
-        """The plan as it was laid out before: static layers that have no place in ``layout`` stay float."""
+        """The plan as ``layout`` has it: static layers that have no place there stay float, and batch norms
+        that are folded ship nothing of their own."""
         if layout is None:
             return self
-        laid = {site.module for site in layout.layers}
-        decisions = tuple(
-            dataclasses.replace(d, scheme=None, problem=None, reason="stays float: left out when laid out")
-            if d.scheme is not None and d.scheme.is_static and d.module not in laid
-            else d
-            for d in self.decisions
-        )
-        return Plan(self.recipe, decisions, layout)
+        return Plan(self.recipe, tuple(_laid(d, layout) for d in self.decisions), layout)
 
     def renamed(self, names: Mapping[str, str]) -> Plan:
         """The decisions on the modules in ``names``, under their new names."""
@@ -136,7 +133,7 @@ class Plan:
             if decision.tied_to is None and decision.dropped is None:
                 held[decision.type.rpartition(".")[2]] += decision.numel
         text = ", ".join(f"{kind} {count:,}" for kind, count in held.most_common(3))
-        adapters = sum(d.numel for d in self.decisions if d.dropped is not None)
+        adapters = sum(d.numel for d in self.decisions if d.dropped and not d.dropped.startswith(FOLDED))
         merged = f"; adapters: {adapters:,}, gone at convert" if adapters else ""
         return (f"; float: {text}" if text else "") + merged
 
@@ -154,6 +151,18 @@ class Plan:
                 f"recipe {self.recipe.name!r} quantizes nothing in this model (rules: "
                 f"{', '.join(r.label for r in self.recipe.rules)}); add a rule that matches its layers"
             )
+
+
+def _laid(decision: Decision, layout: Layout) -> Decision:
+    into = next((site.module for site in layout.layers if site.batch_norm == decision.module), None)
+    if into is not None:
+        why = f"{FOLDED} {into}"
+        return dataclasses.replace(decision, scheme=None, problem=None, reason=why, dropped=why)
+    unlaid = layout.engine == "eager" and layout.layer(decision.module) is None
+    if unlaid and decision.scheme is not None and decision.scheme.is_static:
+        why = "stays float: left out when the model was laid out"
+        return dataclasses.replace(decision, scheme=None, problem=None, reason=why)
+    return decision
 
 
 def indivisible(scheme: Scheme | None, width: int) -> str | None:

@@ -58,7 +58,7 @@ class ModulesEngine:
                 _prepare_layer(modules[name], decision)
         if lora is not None:
             lora.prepare(model)
-        _leave_fast_path(model)
+        leave_fast_path(model)
         return model
 
     def convert(self, model: nn.Module, plan: Plan) -> QuantizedModel:
@@ -102,7 +102,7 @@ class ModulesEngine:
         modules = dict(model.named_modules())
         for name, decision in plan.quantized.items():
             become_integer(modules[name], decision, weights[name], activations.get(name))
-        _leave_fast_path(model)
+        leave_fast_path(model)
         return QuantizedModel(model.eval(), plan, weights, activations)
 
 
@@ -135,7 +135,7 @@ def _prepare_layer(module: Any, decision: Decision) -> None:
     module.train(module.training)
 
 
-def _leave_fast_path(model: nn.Module) -> None:
+def leave_fast_path(model: nn.Module) -> None:
     """PyTorch's fused encoder layer takes its linear layers' weights past their fake-quantizers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):

@@ -77,6 +77,13 @@ def add_scope(owner: nn.Module) -> None:
         owner.add_module(_CHILD, nn.ModuleDict())
 
 
+def remove_scope(owner: nn.Module) -> None:
+    """Undo :func:`add_scope`, in place."""
+    if isinstance(owner, Scoped):
+        owner.__class__ = type(owner).__bases__[1]
+        del owner._modules[_CHILD]
+
+
 def operations(owner: nn.Module) -> nn.ModuleDict:
     """The operations of a module by kind and index; empty where none is rounded."""
     children = owner._modules.get(_CHILD) if isinstance(owner, Scoped) else None

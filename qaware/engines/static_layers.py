@@ -125,13 +125,16 @@ class FakeQuantizedConv2d(FakeQuantizedLayer, nn.Conv2d):
 class _FoldedNorm(nn.Module):
     """A batch norm that its layer computes; here, where the model calls it, nothing is left to do."""
 
+    running_mean: Any
+
     def forward(self, input: Tensor) -> Tensor:
         """``input``."""
         return input
 
     def normalize(self, x: Tensor) -> Tensor:
-        """What the batch norm computes."""
-        y: Tensor = super().forward(x)
+        """What the batch norm computes; one in half precision takes no float32."""
+        dtype = self.running_mean.dtype
+        y: Tensor = super().forward(x if dtype == torch.float32 else x.to(dtype))
         return y
 
 
