@@ -17,7 +17,7 @@ from qaware.engines.eager_layout import is_static, lay_out, layout_of, other_lay
 from qaware.engines.example import Example
 from qaware.engines.fake_quant import StaticFakeQuantizer, set_fake_quant
 from qaware.engines.modules import ModulesEngine, leave_fast_path
-from qaware.engines.operations import add_operation, add_scope, remove_scope
+from qaware.engines.operations import Operation, add_operation, add_scope, remove_scope
 from qaware.engines.static_convert import choose_integers, read_grids
 from qaware.engines.static_integer import Requantize, become_integer_layer
 from qaware.engines.static_layers import FakeQuantizedLayer, prepare_layer
@@ -61,6 +61,7 @@ class EagerEngine:
                 device = next((p.device for p in model.parameters()), torch.device("cpu"))
                 quantizer = StaticFakeQuantizer(_observer(plan)).to(device)
                 add_operation(model.get_submodule(operation.owner), operation, quantizer)
+        _connect(dict(model.named_modules()), layout)
         leave_fast_path(model)
         rest = other_layers(plan)
         if rest.quantized:
@@ -122,7 +123,8 @@ class EagerEngine:
             for child in ("weight_fake_quantizer", "activation_fake_quantizer", "output_fake_quantizer"):
                 module._modules.pop(child, None)
                 vars(module).pop(child, None)
-            vars(module).pop("norm", None)
+            for held in ("norm", "source"):
+                vars(module).pop(held, None)
             bias = None if biases[name] is None else biases[name].detach()
             grids = result.activations.get(name), result.outputs.get(name)
             relu = site is not None and site.relu
@@ -132,6 +134,15 @@ class EagerEngine:
             add_operation(owner, operation, Requantize(result.outputs[operation.name]))
         model.requires_grad_(False)
         return result
+
+
+def _connect(modules: dict[str, Any], layout: Layout) -> None:
+    """Tell each layer whose grid its input is on."""
+    for site in layout.layers:
+        if site.source is not None:
+            made = modules[site.source]
+            quantizer = made.quantizer if isinstance(made, Operation) else made.output_fake_quantizer
+            modules[site.module].source = (quantizer,)
 
 
 def fold_shapes(model: nn.Module, layout: Layout) -> None:

@@ -160,6 +160,10 @@ class StaticFakeQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``; unchanged until a range was observed."""
         self.observer(x)
+        return self.rounded(x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``forward`` without a look at ``x``."""
         if not self.enabled or not self.observer.seen:
             return x
         scale, zero_point = self.qparams()

@@ -34,17 +34,27 @@ class FakeQuantizedLayer(nn.Module):
     relu: bool
     norm: tuple[Any, ...]
     """The folded batch norm or nothing; in a tuple, which does not register it a second time."""
+    source: tuple[StaticFakeQuantizer, ...] = ()
+    """The quantizer that what enters has been through, or nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As of the float layer with its batch norm and ReLU; the product is a float32 one."""
         with unwatched():
-            y = x if self.activation_fake_quantizer is None else self.activation_fake_quantizer(x)
-            y = self._compute(y.float())
+            y = self._compute(self._enter(x))
             if self.relu:
                 y = torch.relu(y)
             if self.output_fake_quantizer is not None:
                 y = self.output_fake_quantizer(y)
             return y.to(x.dtype)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        y = x.float()
+        if self.activation_fake_quantizer is not None:
+            y = self.activation_fake_quantizer(y)
+        elif self.source and x.dtype != torch.float32:
+            # Half precision between the layers has moved it off its grid.
+            y = self.source[0].rounded(y)
+        return y
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's own operation."""

@@ -1,14 +1,11 @@
-"""Small data sets, and a loader that can be resumed in the middle of an epoch."""
+"""Small data sets."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
+from resumable_loader import Resumable
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from .models import CLASSES, PIXELS, VOCAB
 
@@ -28,25 +25,6 @@ class Counting(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"ids": self.ids[index], "mask": self.mask}
-
-
-class Resumable(DataLoader[Any]):
-    """Goes on after the batches that were trained on when the checkpoint was saved."""
-
-    _done = _skip = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
-        self._done = skip
-        for batch in itertools.islice(super().__iter__(), skip, None):
-            self._done += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self._done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._skip = state["done"] % len(self)
 
 
 def sequences(seed: int = 0, count: int = 48, batch_size: int = 8, scale: float = 1.0) -> Resumable:

@@ -16,6 +16,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 
 from qaware import QuantizationAwareTraining
+from qaware.engines.static_layers import FakeQuantizedLayer
 
 from .data import sequences
 from .models import LitLM
@@ -55,12 +56,16 @@ def validate(module: pl.LightningModule, loader: Any = None, **options: Any) -> 
 
 
 def fake_quantized(module: nn.Module) -> set[str]:
-    kinds = (FakeQuantizedLinear, FakeQuantizedEmbedding)
+    kinds = (FakeQuantizedLinear, FakeQuantizedEmbedding, FakeQuantizedLayer)
     return {name for name, m in module.named_modules() if isinstance(m, kinds)}
 
 
 def integers(module: nn.Module) -> set[str]:
-    return {n for n, p in module.named_parameters() if isinstance(p, IntxUnpackedToInt8Tensor)}
+    return {
+        n
+        for n, p in module.named_parameters()
+        if isinstance(p, IntxUnpackedToInt8Tensor) or p.dtype == torch.int8
+    }
 
 
 @dataclass

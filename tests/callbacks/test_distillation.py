@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lit import VOCAB, Body, Counting, LitClassifier, LitLM, images, loader, trainer
+from resumable_loader import Resumable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -53,26 +53,6 @@ class Sgd(LitLM):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1.0)
-
-
-class Resumable(DataLoader[Any]):
-    """Goes on in the middle of an epoch."""
-
-    _done = _skip = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
-        self._done = skip
-        for i, batch in enumerate(super().__iter__()):
-            if i >= skip:
-                self._done += 1
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self._done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._skip = state["done"] % len(self)
 
 
 class Steps(pl.Callback):
@@ -502,7 +482,7 @@ if __name__ == "__main__":
 def test_two_processes_have_one_teacher_and_step_like_one(tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     left = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from convnets import Residual, images
 from torch import Tensor, nn
@@ -60,8 +61,6 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_an_error_inside_leaves_no_hook() -> None:
     model = Residual()
-    try:
+    with pytest.raises(RuntimeError):
         record(model, lambda: model(torch.randn(1, 2, 4, 4)))
-    except RuntimeError:
-        pass
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -222,7 +222,10 @@ def test_half_precision_models_compute_in_float32() -> None:
     ("scheme", "message"),
     [
         ({"bits": 16}, r"stem.0: bits: 16 is for Linear and Embedding, not Conv2d; use bits: 8"),
-        ({"bits": 8, "activation": "int8-dynamic"}, r"stem.0: activation: 'int8-dynamic' has no kernel for a"),
+        (
+            {"bits": 8, "activation": "int8-dynamic"},
+            r"stem.0: activation: 'int8-dynamic' has no kernel for a",
+        ),
         ({**STATIC, "group_size": 9}, r"hidden: group_size 9 does not divide|group_size: 9 with int8-static"),
     ],
 )
@@ -234,7 +237,7 @@ def test_what_has_no_kernel_is_refused(scheme: dict[str, Any], message: str) -> 
 
 def test_an_example_that_does_not_fit_is_named() -> None:
     model = residual()
-    with pytest.raises(QawareError, match=r"Residual: cannot run on the example batch \(\(8, 12\)\): RuntimeErr"):
+    with pytest.raises(QawareError, match=r"Residual: cannot run on the example batch \(\(8, 12\)\): Ru"):
         laid_out(model, X[:, 0, 0])
 
 
