@@ -13,14 +13,40 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qaware.calibration_checks import Watch, layer_name
 from qaware.engines.fake_quant import set_fake_quant
 from qaware.errors import QawareError
-from qaware.observers import all_reduce, observers
+from qaware.observers import KINDS, MinMaxObserver, all_reduce, observers
 from qaware.plan import Plan
 
-Look = Callable[[bool], None]
-"""Switches the observers, for the batches of a pass that do not count."""
-_OBSERVER = ".activation_fake_quantizer.observer"
+
+class Look:
+    """The observers of one pass, as the code that runs the batches sees them."""
+
+    def __init__(self, watching: list[MinMaxObserver], index: int, watch: Watch) -> None:
+        """
+        Args:
+            watching: the observers that look in this pass.
+            index: of the pass, from 0.
+            watch: is told of every batch.
+        """
+        self.watching = watching
+        self.index = index
+        self.watch = watch
+
+    def __call__(self, on: bool) -> None:
+        """Switch the observers, for the batches of a pass that do not count."""
+        for observer in self.watching:
+            observer.observing, observer.pass_index = on, self.index
+
+    def done(self, number: int, batch: Any) -> None:
+        """After the model ran: an error about what it saw can name ``batch`` then.
+
+        Args:
+            number: of the batch in the loader, from 0.
+            batch: as the loader gave it.
+        """
+        self.watch.batch_done(number, batch)
 
 
 def calibrate(model: nn.Module, run_pass: Callable[[Look], None]) -> None:
@@ -34,16 +60,17 @@ def calibrate(model: nn.Module, run_pass: Callable[[Look], None]) -> None:
         run_pass: runs the calibration batches through the model once. Histograms need it twice.
 
     Raises:
-        QawareError: a layer saw nothing finite.
+        QawareError: a layer saw NaN or infinity in some batch, or nothing at all.
     """
     watching = list(observers(model))
     set_fake_quant(model, False)
     try:
         for observer in watching:
             observer.reset_parameters()
-        for index in range(passes(model)):
-            with same_draws():
-                _one_pass(model, index, run_pass)
+        with Watch({n: m for n, m in model.named_modules() if isinstance(m, MinMaxObserver)}) as watch:
+            for index in range(passes(model)):
+                with same_draws():
+                    _one_pass(model, Look([o for o in watching if index < o.passes], index, watch), run_pass)
     finally:
         for observer in watching:
             observer.observing, observer.pass_index = False, 0
@@ -56,40 +83,36 @@ def passes(model: nn.Module) -> int:
     return max((observer.passes for observer in observers(model)), default=0)
 
 
-def _one_pass(model: nn.Module, index: int, run_pass: Callable[[Look], None]) -> None:
-    watching = [observer for observer in observers(model) if index < observer.passes]
-
-    def look(on: bool) -> None:
-        for observer in watching:
-            observer.observing, observer.pass_index = on, index
-
+def _one_pass(model: nn.Module, look: Look, run_pass: Callable[[Look], None]) -> None:
     look(True)
     run_pass(look)
     look(False)
+    look.watch.require_finite()
     all_reduce(model)
 
 
 def _refuse_unseen(model: nn.Module) -> None:
     unseen = {id(observer) for observer in observers(model) if not observer.seen}
-    names = [name.removesuffix(_OBSERVER) for name, m in model.named_modules() if id(m) in unseen]
+    names = [layer_name(name) for name, m in model.named_modules() if id(m) in unseen]
     if names:
         raise QawareError(
-            f"{', '.join(names)}: calibration saw no finite activation; the input was NaN or infinite in "
-            "every batch, or the layer did not run; repair the data, or keep the layer float in the recipe"
+            f"{', '.join(dict.fromkeys(names))}: calibration saw no activation, so the layer did not run; "
+            "give data on which it runs, or keep it float in the recipe"
         )
 
 
-def refuse_histogram(plan: Plan) -> None:
-    """Refuse histogram observers where the data passes only once.
+def refuse_several_passes(plan: Plan) -> None:
+    """Refuse observers that see the same data twice where it passes only once.
 
     Raises:
         QawareError: names the first such layer and the two ways out.
     """
     for name, decision in plan.quantized.items():
-        if decision.scheme is not None and decision.scheme.observer == "histogram":
+        observer = decision.scheme.observer if decision.scheme is not None else "minmax"
+        if KINDS[observer].passes > 1:
             raise QawareError(
-                f"{name}: observer: 'histogram' needs two passes over the same data, and training has one; "
-                "use observer: minmax, or PostTrainingQuantization"
+                f"{name}: observer: {observer!r} needs two passes over the same data, and training has one; "
+                "use observer: moving-average or minmax, or PostTrainingQuantization"
             )
 
 
@@ -142,6 +165,12 @@ class Share:
         self.rank, self.world = _place()
         self.repeats: set[int] = set()
         """Positions of batches that were repeated: they must not be observed."""
+        self.used = 0
+        """Batches of the last pass, of all ranks together."""
+
+    def number(self, position: int) -> int:
+        """Which batch of the loader the one at ``position`` of this rank's share is, from 0."""
+        return position * self.world + self.rank
 
     def __iter__(self) -> Iterator[Any]:
         """
@@ -149,6 +178,7 @@ class Share:
             QawareError: there is no batch at all.
         """
         self.repeats.clear()
+        self.used = 0
         with _kept_generators(self.loader):
             batches = itertools.islice(self.loader, self.count)
             for position in itertools.count():
@@ -157,6 +187,7 @@ class Share:
                     raise QawareError("calibration: the loader gave no batch; give one that has data")
                 if not group:
                     return
+                self.used += len(group)
                 if self.rank >= len(group):
                     self.repeats.add(position)
                 yield group[self.rank % len(group)]

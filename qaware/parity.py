@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qaware.engines.base import ActivationRange
+from qaware.engines.static_integer import INT8
 from qaware.errors import ParityError
 from qaware.exporters.base import Tolerance
+
+# How far float32 values may be from a grid that they are on, in steps; float32 is exact to 1e-5 there.
+_OFF_GRID = 1e-3
 
 
 @dataclass(frozen=True)
@@ -27,23 +32,37 @@ class Parity:
     top1: float
     """Share of positions with the same largest output."""
     inputs: int
+    steps: float | None = None
+    """Largest difference in quantization steps; None where the output is on no int8 grid."""
+    differing: float | None = None
+    """Share of the values that are another integer; None as ``steps``."""
 
     def within(self, tolerance: Tolerance) -> bool:
-        """Whether both gated figures hold; NaN never does."""
-        return self.relative <= tolerance.relative and self.kl <= tolerance.kl
+        """Whether all gated figures hold; NaN never does."""
+        close = self.relative <= tolerance.relative and self.kl <= tolerance.kl
+        if self.steps is None or tolerance.steps is None:
+            return close
+        return close and self.steps <= tolerance.steps
 
     def require(self, what: str, tolerance: Tolerance) -> None:
         """Raise unless within ``tolerance``.
 
         Raises:
-            ParityError: names the artifact, both figures and the tolerance.
+            ParityError: names the artifact, the figures and the tolerance.
         """
         if not self.within(tolerance):
             raise ParityError(
-                f"{what}: does not compute what the converted model computes (relative difference "
-                f"{self.relative:.2e}, at most {tolerance.relative:.0e} allowed; KL {self.kl:.2e} nats, "
-                f"at most {tolerance.kl:.0e}); the file was kept with the suffix .rejected"
+                f"{what}: does not compute what the converted model computes ({self._in_steps(tolerance)}"
+                f"relative difference {self.relative:.2e}, at most {tolerance.relative:.0e} allowed; "
+                f"KL {self.kl:.2e} nats, at most {tolerance.kl:.0e}); "
+                "the file was kept with the suffix .rejected"
             )
+
+    def _in_steps(self, tolerance: Tolerance) -> str:
+        if self.steps is None or self.differing is None:
+            return ""
+        allowed = "" if tolerance.steps is None else f", at most {tolerance.steps:g} allowed"
+        return f"{self.steps:g} quantization steps, {self.differing:.2%} of the values differ{allowed}; "
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for rows and sidecars."""
@@ -52,7 +71,10 @@ class Parity:
 
 @torch.no_grad()
 def compare(
-    runner: Callable[..., Tensor], reference: nn.Module, inputs: Sequence[tuple[Tensor, ...]]
+    runner: Callable[..., Tensor],
+    reference: nn.Module,
+    inputs: Sequence[tuple[Tensor, ...]],
+    grids: Iterable[ActivationRange] = (),
 ) -> Parity:
     """Run both on every input.
 
@@ -60,6 +82,7 @@ def compare(
         runner: an artifact on its runtime.
         reference: the converted model with the same positional signature, on the CPU.
         inputs: tuples of positional tensors.
+        grids: on which the output may be; where it is on one, its steps are counted.
     """
     pairs = [(reference(*args).float(), runner(*args).float()) for args in inputs]
     for expected, got in pairs:
@@ -67,14 +90,40 @@ def compare(
             raise ParityError(f"output: shape is {tuple(got.shape)}, the model gives {tuple(expected.shape)}")
     rows = [(_rows(expected), _rows(got)) for expected, got in pairs]
     difference = torch.cat([(e - g).abs().flatten() for e, g in rows])
-    spread = torch.cat([e.flatten() for e, _ in rows]).std()
+    values = torch.cat([e.flatten() for e, _ in rows])
+    steps, differing = _count_steps(difference, output_step(values, grids))
     return Parity(
-        relative=float(difference.mean() / spread.clamp_min(1e-12)),
+        relative=float(difference.mean() / values.std().clamp_min(1e-12)),
         max_abs=float(difference.max()),
         kl=float(torch.cat([_kl(e, g) for e, g in rows]).mean()),
         top1=float(torch.cat([e.argmax(-1) == g.argmax(-1) for e, g in rows]).double().mean()),
         inputs=len(pairs),
+        steps=steps,
+        differing=differing,
     )
+
+
+def output_step(values: Tensor, grids: Iterable[ActivationRange]) -> float | None:
+    """The step of the grid that all of ``values`` (float64, any shape) are on; None where they are on none,
+    or all zero, which every grid has."""
+    if not bool(values.any()):
+        return None
+    found = [grid.scale for grid in grids if _on_grid(values, grid)]
+    return max(found, default=None)
+
+
+def _on_grid(values: Tensor, grid: ActivationRange) -> bool:
+    integers = values / grid.scale + grid.zero_point
+    inside = bool(((integers > INT8[0] - 0.5) & (integers < INT8[1] + 0.5)).all())
+    return inside and float((integers - integers.round()).abs().max()) < _OFF_GRID
+
+
+def _count_steps(difference: Tensor, step: float | None) -> tuple[float | None, float | None]:
+    if step is None:
+        return None, None
+    # Rounded, since the values of two equal integers may differ in their last bits.
+    steps = (difference / step * 100).round() / 100
+    return float(steps.max()), float((~(steps < 0.5)).double().mean())
 
 
 def _rows(output: Tensor) -> Tensor:

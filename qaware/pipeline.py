@@ -13,16 +13,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qaware.bisect_layers import Search, first_difference
 from qaware.engines.base import QuantizedModel
 from qaware.engines.choose import engine_for
 from qaware.errors import ParityError, QawareError
 from qaware.exporters.artifact import Artifact
-from qaware.exporters.base import Exporter
+from qaware.exporters.base import Exporter, first_line
 from qaware.exporters.isolated import IsolatedRunner
 from qaware.files import write_json
+from qaware.layers import LayerReport, float_twin, layer_report
 from qaware.metrics.score import Score
 from qaware.parity import Parity, compare
 from qaware.plan import Plan
+from qaware.report.layers import write_layers
 from qaware.report.ledger import Comparison, Ledger, Row
 from qaware.tasks import Predict, Task
 
@@ -53,6 +56,8 @@ class QuantizationResult:
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     """By runtime; only files that passed the parity check."""
     parity: dict[str, Parity] = field(default_factory=dict)
+    layers: LayerReport | None = None
+    """What each layer computes beside the float model; on the first rank only."""
     failures: dict[str, QawareError] = field(default_factory=dict)
     """By runtime: what kept an artifact from being made or scored."""
 
@@ -77,6 +82,8 @@ class Pipeline:
     progress: Progress = no_progress
     rank: int = 0
     world: int = 1
+    search_seconds: float = 300.0
+    """How long the layer that differs is searched after a parity failure; 0: not at all."""
 
     def score_module(self, label: str, stage: str, module: nn.Module, size: int) -> Score | None:
         """Score a torch module; every rank takes its share, and all get the same score."""
@@ -96,13 +103,28 @@ class Pipeline:
         return score
 
     def convert(self, prepared: nn.Module, plan: Plan) -> QuantizationResult:
-        """Convert ``prepared`` in place (give a copy) and score the converted model."""
+        """Convert ``prepared`` in place (give a copy), score the converted model and report its layers."""
+        twin = float_twin(prepared) if self.rank == 0 else None
         quantized = engine_for(plan).convert(prepared, plan)
         result = QuantizationResult(quantized, quantized.plan)
+        result.layers = self._report_layers(twin, quantized)
+        del twin
         score = self.score_module(self.label, "converted", quantized.module, quantized.bytes)
         if score is not None:
             result.scores["converted"] = score
         return result
+
+    def _report_layers(self, twin: nn.Module | None, quantized: QuantizedModel) -> LayerReport | None:
+        if twin is None:
+            return None
+        args, kwargs = self.task.signature.arguments(self.task.example) if self.task else ((), {})
+        try:
+            report = layer_report(twin, quantized, *args, **kwargs)
+        except Exception as error:  # a report is no reason to lose what was trained
+            log.warning("%s: no layer report: %s", self.label, first_line(error))
+            return None
+        write_layers(report, self.folder, self.label)
+        return report
 
     def export_all(self, result: QuantizationResult) -> None:
         """Export to each runtime, check parity, score. A failing runtime leaves the others alone."""
@@ -152,13 +174,22 @@ class Pipeline:
         assert self.task is not None
         reference = self.task.signature.wrap(exporter.reference(result.model)).eval()
         try:
-            parity = compare(runner, reference, self.task.parity_inputs)
+            parity = compare(runner, reference, self.task.parity_inputs, result.model.outputs.values())
             parity.require(artifact.path.name, exporter.tolerance_for(result.plan))
-        except ParityError:
+        except ParityError as error:
             for file in (artifact.path, artifact.sidecar):
                 file.rename(file.with_name(file.name + ".rejected"))
-            raise
+            where = self._first_difference(exporter, result.model)
+            raise ParityError(f"{error}; {where}" if where else str(error)) from None
         return parity
+
+    def _first_difference(self, exporter: Exporter, quantized: QuantizedModel) -> str | None:
+        task = self.task
+        if task is None or not self.search_seconds:
+            return None
+        models = exporter, quantized, task.example, task.signature, task.parity_inputs
+        with self.progress("Searching the layer that differs", 1):
+            return first_difference(Search(*models, IsolatedRunner, self.folder), self.search_seconds)
 
 
 def predictor(module: nn.Module, task: Task) -> Predict:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 import qaware.calibration
-from qaware.calibration import Look, Share, calibrate, passes, refuse_histogram, same_draws
+from qaware.calibration import Look, Share, calibrate, passes, refuse_several_passes, same_draws
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
 from qaware.observers import observers
@@ -33,7 +33,10 @@ def x(seed: int = 0) -> Tensor:
     return torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("observer", "count"), [("minmax", 1), ("histogram", 2)])
+@pytest.mark.parametrize(
+    ("observer", "count"),
+    [("minmax", 1), ("moving-average", 1), ("histogram", 2), ("percentile", 2), ("mse", 2)],
+)
 def test_passes_run_in_float_and_everything_is_back_afterwards(observer: str, count: int) -> None:
     model, outputs, flags = prepared(static(observer)), [], []
     torch.manual_seed(0)
@@ -114,13 +117,25 @@ def test_after_an_error_nothing_observes_and_fake_quant_is_on() -> None:
 
 
 @pytest.mark.parametrize("observer", ["minmax", "histogram"])
-def test_a_layer_that_saw_nothing_finite_is_named(observer: str) -> None:
+def test_a_layer_that_did_not_run_is_named(observer: str) -> None:
     model = prepared(static(observer))
-    with pytest.raises(QawareError, match=r"^1: calibration saw no finite activation"):
+    with pytest.raises(QawareError, match=r"^1: calibration saw no activation, so the layer did not run"):
         calibrate(model, lambda look: model[0](x()))
-    model = prepared(static(observer))
-    with pytest.raises(QawareError, match=r"^0, 1: calibration saw no finite activation"):
-        calibrate(model, lambda look: model(x() * float("nan")))
+
+
+def test_nan_is_not_passed_over() -> None:
+    model = prepared(static())
+
+    def run(look: Look) -> None:
+        for number, batch in enumerate([x(), x() * float("nan"), x()]):
+            model(batch)
+            look.done(number, {"x": batch})
+
+    with pytest.raises(
+        QawareError, match=r"batch 1 \(the first is 0\) has NaN or infinity at \['x'\] \(64 of"
+    ):
+        calibrate(model, run)
+    assert not any(o._forward_pre_hooks for o in observers(model))
 
 
 def test_every_pass_draws_the_same_and_the_caller_notices_nothing() -> None:
@@ -151,11 +166,14 @@ def test_random_numbers_go_on_after_an_error() -> None:
     assert float(torch.rand(())) == expected
 
 
-def test_histograms_are_refused_where_data_passes_once() -> None:
+@pytest.mark.parametrize("observer", ["histogram", "percentile", "mse"])
+def test_two_passes_are_refused_where_data_passes_once(observer: str) -> None:
     model = nn.Sequential(nn.Linear(4, 8))
-    refuse_histogram(static().match(model))
-    with pytest.raises(QawareError, match=r"^0: observer: 'histogram' needs two passes.*observer: minmax"):
-        refuse_histogram(static("histogram").match(model))
+    for once in ("minmax", "moving-average"):
+        refuse_several_passes(static(once).match(model))
+    words = rf"^0: observer: '{observer}' needs two passes.*observer: moving-average or minmax"
+    with pytest.raises(QawareError, match=words):
+        refuse_several_passes(static(observer).match(model))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

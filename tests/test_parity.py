@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qaware.engines.base import ActivationRange
 from qaware.errors import ParityError
 from qaware.exporters.base import Tolerance
 from qaware.parity import Parity, compare
@@ -136,4 +137,50 @@ def test_plain_data() -> None:
         "kl": 0.3,
         "top1": 0.4,
         "inputs": 5,
+        "steps": None,
+        "differing": None,
     }
+
+
+GRID = ActivationRange(0.1, 3)
+
+
+def on_grid(integers: list[float]) -> Tensor:
+    return (torch.tensor([integers]) - GRID.zero_point) * GRID.scale
+
+
+def test_steps_of_an_output_that_is_on_a_grid() -> None:
+    expected = on_grid([-128, 127, 5, 3])
+    grids = [ActivationRange(0.07, 0), GRID, ActivationRange(0.05, 0)]
+    same = compare(lambda _: expected + 1e-6, Apply(identity), [(expected,)], grids)
+    assert (same.steps, same.differing) == (0, 0)
+    off = compare(lambda _: on_grid([-128, 126, 5, 5]), Apply(identity), [(expected,)], grids)
+    assert (off.steps, off.differing) == (2, 0.5)
+
+
+@pytest.mark.parametrize(
+    "expected", [on_grid([1, 2, 3.4]), on_grid([1, 2, 128]), torch.zeros(1, 3), torch.full((1, 3), math.nan)]
+)
+def test_an_output_that_is_on_no_grid_has_no_steps(expected: Tensor) -> None:
+    parity = compare(identity, Apply(identity), [(expected,)], [GRID])
+    assert parity.steps is parity.differing is None
+    assert compare(identity, Apply(identity), [(on_grid([1, 2]),)]).steps is None
+
+
+@pytest.mark.parametrize(("steps", "good"), [(1, True), (1.01, False), (math.nan, False), (None, True)])
+def test_steps_are_held_to_the_tolerance(steps: float | None, good: bool) -> None:
+    parity = Parity(0.0, 0.0, 0.0, 1.0, 1, steps, 0.25)
+    tolerance = Tolerance(1e-2, 1e-3, "rounding", steps=1)
+    assert parity.within(tolerance) is good
+    assert parity.within(TOLERANCE)
+    if not good:
+        words = r"quantization steps, 25\.00% of the values differ, at most 1 allowed; relative difference 0"
+        with pytest.raises(ParityError, match=words):
+            parity.require("model.pte", tolerance)
+
+
+def test_nan_is_a_difference_in_steps_too() -> None:
+    expected = on_grid([1, 2])
+    parity = compare(lambda x: x * math.nan, Apply(identity), [(expected,)], [GRID])
+    assert parity.differing == 1
+    assert not parity.within(Tolerance(math.inf, math.inf, "", steps=9))

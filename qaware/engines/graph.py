@@ -10,11 +10,11 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qaware.engines.base import QuantizedModel
+from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
 from qaware.engines.example import Example
 from qaware.engines.fake_quant import set_fake_quant
-from qaware.engines.graph_build import adopt, as_program, make_graph, rounded_layers
-from qaware.engines.graph_integers import to_integers
+from qaware.engines.graph_build import adopt, as_program, layer_sites, make_graph, rounded_layers
+from qaware.engines.graph_integers import fix_ranges, to_integers
 from qaware.engines.graph_module import Graphed, become_graph, graph_data
 from qaware.engines.graph_quantizers import TARGETS, the_scheme
 from qaware.engines.graph_trace import describe
@@ -28,9 +28,7 @@ class GraphEngine:
 
     name = "graph"
 
-    def lay_out(
-        self, model: nn.Module, plan: Plan, example: Example, target: str, training: bool
-    ) -> Plan:
+    def lay_out(self, model: nn.Module, plan: Plan, example: Example, target: str, training: bool) -> Plan:
         """``plan`` with what :meth:`prepare` needs, and without the layers that the runtime keeps float.
 
         Args:
@@ -50,7 +48,9 @@ class GraphEngine:
         _refuse_dtype(model, plan)
         data = {"target": target, "training": training, "inputs": describe(model, example)}
         laid_out = dataclasses.replace(plan, layout=Layout(self.name, graph=data))
-        return _without_float(laid_out, make_graph(model, laid_out))
+        made = make_graph(model, laid_out)
+        kept = _without_float(laid_out, made)
+        return dataclasses.replace(kept, layout=Layout(self.name, layer_sites(made), graph=data))
 
     def prepare(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Make the forward of ``model`` a graph with fake-quantizers, in place; no example is needed.
@@ -63,7 +63,9 @@ class GraphEngine:
         made = make_graph(model, plan)
         lost = plan.quantized.keys() - rounded_layers(made)
         if lost:
-            raise QawareError(f"{', '.join(sorted(lost))}: not in the graph of this model; make the plan anew")
+            raise QawareError(
+                f"{', '.join(sorted(lost))}: not in the graph of this model; make the plan anew"
+            )
         adopt(model, made)
         become_graph(model, as_program(plan, made))
         return model
@@ -84,6 +86,22 @@ class GraphEngine:
         _refuse_dtype(model, plan)
         set_fake_quant(model.eval(), True)
         return to_integers(model, plan)
+
+    def rebuild(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        weights: dict[str, QuantizedWeight],
+        activations: dict[str, ActivationRange],
+        outputs: dict[str, ActivationRange],
+    ) -> QuantizedModel:
+        """The converted model from what was kept; the float ``model`` changes in place. Its folded batch
+        norms are identities already, and its layers have the shipped biases."""
+        graph = {**graph_data(plan), "training": False}
+        layout = Layout(self.name, graph=graph)
+        self.prepare(model.eval(), dataclasses.replace(plan, layout=layout))
+        fix_ranges(model, activations, outputs)
+        return to_integers(model, plan, weights)
 
 
 def set_batch_norm_training(model: nn.Module, training: bool) -> None:
@@ -116,5 +134,3 @@ def _refuse_dtype(model: nn.Module, plan: Plan) -> None:
                 f"{name}: weight is {modules[name].weight.dtype}; integer kernels give float32, so keep the "
                 "model in float32 (precision: 32, or bf16-mixed to train), or use engine: eager"
             )
-
-

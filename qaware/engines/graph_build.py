@@ -11,31 +11,35 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from qaware.engines.graph_fake_quant import GraphWeightFakeQuantizer
-from qaware.engines.graph_fold import is_product, product_and_norm, train_norms
-from qaware.engines.graph_module import CHILD, Program, become_graph, float_class, graph_data, program
+from qaware.engines.graph_fold import NORM, product_and_norm, train_norms
+from qaware.engines.graph_module import CHILD, Program, float_class, graph_data
+from qaware.engines.graph_normal import is_product
 from qaware.engines.graph_quantizers import insert
 from qaware.engines.graph_trace import follow_modes, owner, trace
+from qaware.layout import LayerSite
 from qaware.plan import Plan
 
 STRUCTURE = "qaware_structure"
 """Key in a graph module's ``meta``: the structure of its results."""
 ACTIVATIONS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default, torch.ops.aten.hardtanh.default)
 """Functions that the runtimes fuse into the layer before them."""
-_WEIGHT, _INPUT, _OUTPUT = "weight_fake_quantizer", "activation_fake_quantizer", "output_fake_quantizer"
+WEIGHT, INPUT, OUTPUT = "weight_fake_quantizer", "activation_fake_quantizer", "output_fake_quantizer"
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def make_graph(model: nn.Module, plan: Plan) -> GraphModule:
     """The graph of ``model`` with fake-quantizers that are named, but not in ``model`` yet."""
     data = graph_data(plan)
-    cls = type(model)
+    cls, devices = type(model), list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     model.__class__ = float_class(model)
     try:
-        traced = trace(model, data["inputs"], data["training"])
+        # Exports draw random numbers; the training must not notice.
+        with torch.random.fork_rng(devices):
+            traced = trace(model, data["inputs"], data["training"])
+            structure = traced._out_spec
+            prepared = insert(traced, plan, data["target"])
     finally:
         model.__class__ = cls
-    structure = traced._out_spec
-    prepared = insert(traced, plan, data["target"])
     train_norms(prepared, model)
     follow_modes(prepared)
     prepared.meta[STRUCTURE] = structure
@@ -49,22 +53,28 @@ def remake(model: nn.Module, plan: Plan) -> Program:
     return as_program(plan, prepared)
 
 
-def graph_of(model: nn.Module) -> Program:
-    """The graph of a prepared model, made again if it has none."""
-    held = program(model)
-    if held.graph is None:
-        become_graph(model, remake(model, held.plan))
-    return program(model)
-
-
 def as_program(plan: Plan, prepared: GraphModule) -> Program:
     meta = dict(prepared.meta)
     return Program(plan, prepared.graph, meta.pop(STRUCTURE), meta, remake)
 
 
 def rounded_layers(module: GraphModule) -> set[str]:
-    """The layers whose weight has a fake-quantizer."""
-    return {owner(node) for node in module.graph.nodes if weight_quantizer(module, node) is not None}
+    """The layers whose weight has a fake-quantizer wherever they are called."""
+    calls = [node for node in module.graph.nodes if is_layer(node)]
+    left = {owner(node) for node in calls if weight_quantizer(module, node) is None}
+    return {owner(node) for node in calls} - left
+
+
+def layer_sites(module: GraphModule) -> tuple[LayerSite, ...]:
+    """The rounded layers, with the batch norms that are folded into them."""
+    sites: dict[str, LayerSite] = {}
+    for node in module.graph.nodes:
+        if weight_quantizer(module, node) is not None:
+            norm = node.meta.get(NORM, {}).get("owner")
+            relu = len(node.users) == 1 and next(iter(node.users)).target in ACTIVATIONS
+            sites.setdefault(owner(node), LayerSite(owner(node), norm, relu))
+    left = sites.keys() - rounded_layers(module)
+    return tuple(site for name, site in sites.items() if name not in left)
 
 
 def weight_quantizer(module: nn.Module, node: Node) -> GraphWeightFakeQuantizer | None:
@@ -132,12 +142,12 @@ class _Names:
     def _layer(self, node: Node, quantizer: nn.Module) -> str | None:
         user = next(iter(node.users), None)
         if isinstance(quantizer, GraphWeightFakeQuantizer):
-            return f"{owner(user)}.{_WEIGHT}" if user is not None else None
+            return f"{owner(user)}.{WEIGHT}" if user is not None else None
         before = producer(node)
         if before is not None and owner(before) in self.layers:
-            return f"{owner(before)}.{_OUTPUT}"
+            return f"{owner(before)}.{OUTPUT}"
         enters = [user for user in node.users if is_layer(user) and owner(user) in self.layers]
-        return f"{owner(enters[0])}.{_INPUT}" if enters else None
+        return f"{owner(enters[0])}.{INPUT}" if enters else None
 
 
 def is_layer(node: Any) -> bool:
@@ -150,7 +160,7 @@ def producer(node: Node) -> Node | None:
     before = node.args[0]
     if isinstance(before, Node) and before.target in ACTIVATIONS:
         before = before.args[0]
-    return before if is_layer(before) else None
+    return before if isinstance(before, Node) and is_layer(before) else None
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -80,6 +80,14 @@ class GraphActivationFakeQuantizer(StaticFakeQuantizer, FakeQuantizeBase):
         self.dtype = torch.uint8 if unsigned else torch.int8
         self.shift = _UNSIGNED if unsigned else 0
         self.quant_min, self.quant_max = (bound + self.shift for bound in INT8)
+        self.fixed: ActivationRange | None = None
+        """Instead of what was observed: the range of a model that was saved."""
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """See :class:`StaticFakeQuantizer`."""
+        if self.fixed is None:
+            return super().qparams()
+        return torch.tensor(self.fixed.scale), torch.tensor(self.fixed.zero_point, dtype=torch.int32)
 
     def forward(self, x: Tensor, observe: bool = True, rounds: bool = True) -> Tensor:
         """Same shape and dtype as ``x``.

@@ -10,7 +10,8 @@ a channel whose gamma is 0.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from qaware.engines.graph_normal import is_product
 from qaware.engines.graph_trace import MODES, flag, owner, read
 
 NORM = "qaware_norm"
@@ -32,7 +34,9 @@ _TRAINING = 5
 """Position of the flag among the arguments of a batch norm."""
 
 
-def fold_weight(weight: Tensor, gamma: Tensor | None, variance: Tensor, epsilon: float, training: bool) -> Tensor:
+def fold_weight(
+    weight: Tensor, gamma: Tensor | None, variance: Tensor, epsilon: float, training: bool
+) -> Tensor:
     """The weight with the batch norm's factor of each row (rows, ...)."""
     factor = _factor(gamma, variance, epsilon, training)
     return weight * factor.to(weight.dtype).view(-1, *(1,) * (weight.dim() - 1))
@@ -101,26 +105,15 @@ def count_batch(count: Tensor | None, training: bool) -> None:
         count.add_(1)
 
 
-def fold(module: GraphModule, layers: Collection[str]) -> None:
+def fold(module: GraphModule, layers: AbstractSet[str]) -> None:
     """Put the batch norms behind ``layers`` into weight and bias, in the graph, before it is annotated."""
-    called = [owner(node) for node in module.graph.nodes if is_product(node)]
+    called = Counter(owner(node) for node in module.graph.nodes if is_product(node))
+    once = {name for name, count in called.items() if count == 1}
     for norm in list(module.graph.nodes):
         node = norm.args[0] if norm.target is _BATCH_NORM else None
-        if isinstance(node, Node) and _folds(node, norm) and owner(node) in layers:
-            if called.count(owner(node)) == 1:
-                _fold(module, node, norm)
+        if isinstance(node, Node) and _folds(node, norm) and owner(node) in layers & once:
+            _fold(module, node, norm)
     module.recompile()
-
-
-def is_product(node: Any) -> bool:
-    """Whether ``node`` is a linear layer or a convolution."""
-    return isinstance(node, Node) and node.target in (
-        torch.ops.aten.linear.default,
-        torch.ops.aten.conv1d.default,
-        torch.ops.aten.conv1d.padding,
-        torch.ops.aten.conv2d.default,
-        torch.ops.aten.conv2d.padding,
-    )
 
 
 def _folds(node: Node, norm: Node) -> bool:
@@ -189,3 +182,21 @@ def fix_norms(module: GraphModule) -> None:
             module.graph.erase_node(node)
         elif node.target is fold_weight:
             node.args = (*node.args[:-1], False)
+
+
+def hide_norms(module: GraphModule) -> None:
+    """Take the batch norms that are left out of sight of torchao's patterns for them."""
+    for node in module.graph.nodes:
+        if node.target is _BATCH_NORM:
+            node.target = _hidden
+
+
+def show_norms(module: GraphModule) -> None:
+    """The opposite of :func:`hide_norms`."""
+    for node in module.graph.nodes:
+        if node.target is _hidden:
+            node.target = _BATCH_NORM
+
+
+def _hidden(*_: Any) -> Tensor:
+    raise NotImplementedError("a batch norm between hide_norms and show_norms")

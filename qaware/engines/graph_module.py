@@ -7,13 +7,15 @@ names. So optimizers, averages, pruning, ``.to()``, DDP, checkpoints and copies 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from qaware.engines.graph_trace import split
 from qaware.errors import QawareError
@@ -48,6 +50,7 @@ class Program:
         self.structure = structure
         self.meta = meta
         self.remake = remake
+        self._device = torch.device("cpu")
         self._run: Callable[..., Any] | None = None
 
     def __call__(self, module: nn.Module, values: list[Any]) -> Any:
@@ -65,9 +68,22 @@ class Program:
         run: Callable[..., Any] = names["forward"]
         return run
 
+    def move(self, device: torch.device) -> None:
+        """Make tensors on ``device`` where the model's own code asks its input for the device: the export
+        wrote down the one that was there then."""
+        if device != self._device and self.graph is not None:
+            for node in self.graph.nodes:
+                values, structure = tree_flatten((node.args, node.kwargs))
+                if any(isinstance(value, torch.device) for value in values):
+                    moved = [device if isinstance(value, torch.device) else value for value in values]
+                    node.args, node.kwargs = tree_unflatten(moved, structure)
+            self._run = None
+        self._device = device
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         # The plan is immutable, and nodes share what they know of tensors.
         duplicate = Program(self.plan, copy.deepcopy(self.graph), self.structure, self.meta, self.remake)
+        duplicate._device = self._device
         memo[id(self)] = duplicate
         return duplicate
 
@@ -75,7 +91,8 @@ class Program:
         """Graphs cannot be pickled; another process makes its own from the plan."""
         if self.remake is None:
             raise QawareError(
-                "graph: a converted model cannot be pickled; export it, or keep the prepared module and its plan"
+                "graph: a converted model cannot be pickled or saved; export it, or keep the checkpoint of "
+                "the prepared one"
             )
         return {"plan": self.plan, "remake": self.remake}
 
@@ -86,19 +103,6 @@ class Program:
 class Graphed(nn.Module):
     """Base of the classes that :func:`become_graph` makes."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's own forward gives for these arguments, rounded.
-
-        Raises:
-            QawareError: the arguments are not those that the graph was made for.
-        """
-        held = program(self)
-        if held.graph is None:
-            assert held.remake is not None
-            held = held.remake(self, held.plan)
-            self.__dict__[_HELD] = held
-        return held(self, _flat(self, held.plan, args, kwargs))
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class cannot be imported by its name, so a copy, in another process too, makes it again.
         reduced: Any = super().__reduce_ex__(protocol)
@@ -106,8 +110,12 @@ class Graphed(nn.Module):
 
 
 def program(module: nn.Module) -> Program:
-    """The graph of a module that is one."""
+    """The graph of a module that is one, made again where it came from another process without."""
     held: Program = module.__dict__[_HELD]
+    if held.graph is None:
+        assert held.remake is not None
+        held = module.__dict__[_HELD] = held.remake(module, held.plan)
+    held.move(next(module.parameters()).device)
     return held
 
 
@@ -124,17 +132,27 @@ def float_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
-_classes: dict[type, type] = {}
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    held = program(self)
+    return held(self, _flat(self, held.plan, args, kwargs))
 
 
-def _graphed_class(cls: type) -> type:
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _graphed_class(cls: type[nn.Module]) -> type[nn.Module]:
     if cls not in _classes:
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        names = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "forward": functools.wraps(cls.forward)(_forward),  # with the signature of the user's
+        }
         _classes[cls] = type(cls.__name__, (Graphed, cls), names)
     return _classes[cls]
 
 
-def _new(cls: type) -> Any:
+def _new(cls: type[nn.Module]) -> Any:
     return object.__new__(_graphed_class(cls))
 
 

@@ -19,7 +19,8 @@ from qaware.engines.graph_fake_quant import (
     GraphDynamicFakeQuantizer,
     GraphWeightFakeQuantizer,
 )
-from qaware.engines.graph_fold import fold, is_product
+from qaware.engines.graph_fold import fold, hide_norms, show_norms
+from qaware.engines.graph_normal import is_product, normalize
 from qaware.engines.graph_trace import owner
 from qaware.errors import QawareError
 from qaware.plan import Plan
@@ -66,6 +67,8 @@ def the_scheme(plan: Plan, target: str) -> Scheme:
 def _problem(kind: str, scheme: Scheme, target: str) -> str | None:
     if kind == "Embedding":
         return "embeddings stay float there; keep it float in the recipe"
+    if kind.startswith("Conv") and scheme.activation == "int8-dynamic":
+        return "its convolutions take calibrated activations; use activation: int8-static"
     if scheme.bits != 8 or scheme.group_size:
         return "it has int8 kernels only; use bits: 8 without group_size"
     if scheme.activation == "none":
@@ -89,6 +92,7 @@ class SelectiveQuantizer(Quantizer):
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Batch norms first: runtimes know none, and their patterns are those of layers without."""
+        normalize(model)
         fold(model, self.layers)
         transformed: GraphModule = self.inner.transform_for_annotation(model)
         return transformed
@@ -104,7 +108,8 @@ class SelectiveQuantizer(Quantizer):
         return annotated
 
     def validate(self, model: GraphModule) -> None:
-        """Nothing to add."""
+        """The annotations are made; torchao would rewrite the batch norms of float layers next."""
+        hide_norms(model)
 
 
 def integer_nodes(model: GraphModule, layers: Collection[str]) -> set[Node]:
@@ -144,6 +149,7 @@ def insert(module: GraphModule, plan: Plan, target: str) -> GraphModule:
     # In the form for training also where nothing is trained: the other folds batch norms into tensors of
     # its own, and those here are folded already.
     prepared: GraphModule = prepare_qat_pt2e(module, SelectiveQuantizer(plan, target))
+    show_norms(prepared)
     _look_once(prepared)
     return prepared
 
@@ -153,13 +159,13 @@ def _look_once(prepared: GraphModule) -> None:
     for node in prepared.graph.nodes:
         if node.op == "call_module" and isinstance(node.args[0], Node):
             made, quantizer = node.args[0], _quantizer(prepared, node)
-            source = next(iter(made.all_input_nodes), None)
-            if source is not None and _quantizer(prepared, source) is quantizer:
+            source = next(iter(made.all_input_nodes), node)
+            if quantizer is not None and _quantizer(prepared, source) is quantizer:
                 if made.target in _SAME_VALUES:
                     node.args = (made, False, False)
                 elif made.target in _MEANS:
                     node.args = (made, False)
-            if made.target is _ATEN.cat.default:
+            if quantizer is not None and made.target is _ATEN.cat.default:
                 # What is joined is in the result.
                 for part in made.all_input_nodes:
                     if _quantizer(prepared, part) is quantizer:
@@ -211,7 +217,10 @@ def _xnnpack(scheme: Scheme) -> tuple[Any, Callable[..., Any]]:
     activation, weight = _specs(scheme, unsigned=False)
     output = None if activation.is_dynamic else activation
     config = QuantizationConfig(activation, output, weight, None, False)
-    return XNNPACKQuantizer().set_global(config), QuantizationAnnotation
+    quantizer = XNNPACKQuantizer().set_global(config)
+    # Those of batch norms, which are folded by now; looking for them takes seconds.
+    quantizer.SUPPORTED_PATTERNS = [p for p in quantizer.SUPPORTED_PATTERNS if not p.is_qat]
+    return quantizer, QuantizationAnnotation
 
 
 def _x86_inductor(scheme: Scheme) -> tuple[Any, Callable[..., Any]]:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
-from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qaware.engines.example import Example
+from qaware.engines.graph_normal import complete
 from qaware.errors import QawareError
 
 MODES = "qaware_modes"
@@ -85,10 +85,11 @@ def trace(model: nn.Module, inputs: list[dict[str, Any]], training: bool) -> Gra
 
 def _export(model: nn.Module, inputs: list[dict[str, Any]], training: bool) -> GraphModule:
     batch = torch.export.Dim("batch", min=1, max=MOST)
-    args, kwargs = split(inputs, [_stand_in(spec) for spec in inputs])
+    device = next(model.parameters()).device
+    args, kwargs = split(inputs, [_stand_in(spec, device) for spec in inputs])
     shapes, named = split(inputs, [{0: batch} if spec.get("batch") else None for spec in inputs])
     try:
-        with _mode(model, training), warnings.catch_warnings():
+        with _mode(model, training), _every_layer(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # By the parameters' own names, as torch.export wants them.
             dynamic = inspect.signature(model.forward).bind(*shapes, **named).arguments
@@ -108,13 +109,13 @@ def split(inputs: list[dict[str, Any]], values: list[Any]) -> tuple[tuple[Any, .
     return positional, {spec["keyword"]: value for spec, value in pairs if spec["keyword"] is not None}
 
 
-def _stand_in(spec: Mapping[str, Any]) -> Any:
+def _stand_in(spec: Mapping[str, Any], device: torch.device) -> Any:
     if "value" in spec:
         return spec["value"]
     shape = list(spec["shape"])
     if spec["batch"]:
         shape[0] = 2  # a size of 1 would be taken for a constant
-    return torch.zeros(shape, dtype=getattr(torch, spec["dtype"]))
+    return torch.zeros(shape, dtype=getattr(torch, spec["dtype"]), device=device)
 
 
 @contextmanager
@@ -128,6 +129,17 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _every_layer() -> Iterator[None]:
+    """PyTorch's fused encoder layer would hide the layers inside."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
@@ -157,10 +169,11 @@ def _compare(model: nn.Module, evaluated: GraphModule, trained: GraphModule) -> 
                 f"{type(model).__name__}: {node.target} runs in one of training and evaluation only "
                 f"({_line(node)}), which one graph cannot do; use engine: eager"
             )
-        values, modes = _literals(one), {}
-        for index, (value, trained_value) in enumerate(zip(values, _literals(other), strict=True)):
-            if value != trained_value:
-                modes[index] = (trained_value, value)
+        if len(one.args) != len(other.args):
+            complete(one)
+            complete(other)
+        values = zip(_literals(one), _literals(other), strict=True)
+        modes = {i: (trained, usual) for i, (usual, trained) in enumerate(values) if usual != trained}
         if modes:
             one.meta[MODES] = modes
 
@@ -228,8 +241,12 @@ def fix_modes(module: GraphModule) -> None:
     """Back to the literals of evaluation."""
     for node in list(module.graph.nodes):
         if node.target is choose:
-            for user in list(node.users):
-                user.args, user.kwargs = map_arg(
-                    (user.args, user.kwargs), lambda n, gone=node: n.args[2] if n is gone else n
-                )
+            _replace(node, node.args[2])
             module.graph.erase_node(node)
+
+
+def _replace(node: Node, value: Any) -> None:
+    """Put a literal where ``node`` is used."""
+    for user in list(node.users):
+        leaves, structure = tree_flatten((user.args, user.kwargs))
+        user.args, user.kwargs = tree_unflatten([value if x is node else x for x in leaves], structure)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,17 @@ class MinMaxObserver(nn.Module):
         """Forget the statistics; also called after they were materialized from the meta device."""
         self.min_val.fill_(math.inf)
         self.max_val.fill_(-math.inf)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MinMaxObserver:
+        """Follow the model to another device, not to another precision: in bfloat16 a moving average
+        stands still, and sums lose what they counted."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
     @property
     def seen(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qaware.errors import QawareError
-from qaware.metrics.score import Score, paired
+from qaware.metrics.score import Score, paired, paired_accuracy
 
 Row = dict[str, Any]
 
@@ -54,7 +54,7 @@ class Ledger:
             stage: ``float``, ``prepared``, ``converted`` or the name of a runtime.
             score: what was measured; None when only parity was.
             size: bytes of the model in this stage.
-            comparison: adds ``d_nats``, its interval and ``recovered``.
+            comparison: adds ``d_nats`` and, of a classifier, ``d_accuracy``, their intervals, ``recovered``.
             facts: further plain values.
         """
         row: Row = {"model": model, "stage": stage, "bytes": size}
@@ -74,6 +74,8 @@ class Ledger:
             return {}
         difference, half_width = paired(score, base)
         row: Row = {"base": comparison.base, "d_nats": difference, "d_nats_ci95": _finite(half_width)}
+        if score.hits and base.hits:
+            row["d_accuracy"], row["d_accuracy_ci95"] = paired_accuracy(score, base)
         ptq = self._ptq(stage, comparison)
         if ptq is not None:
             loss, uncertainty = paired(ptq, base)

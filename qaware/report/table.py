@@ -34,6 +34,14 @@ def _delta(row: Row) -> str:
     return f"{row['d_nats']:+.4f}" + (f" ±{width:.4f}" if width is not None else "")
 
 
+def _points(row: Row) -> str:
+    """A difference of two shares in percentage points."""
+    if row.get("d_accuracy") is None:
+        return ""
+    width = row.get("d_accuracy_ci95")
+    return f"{100 * row['d_accuracy']:+.2f}" + (f" ±{100 * width:.2f}" if width is not None else "")
+
+
 def _recovered(row: Row) -> str:
     if "recovered" in row:
         return f"{row['recovered']:.0%}"
@@ -53,18 +61,24 @@ COLUMNS = (
     Column("model", lambda row: str(row["model"]), always=True),
     Column("stage", lambda row: str(row["stage"]) + (" FAILED" if row.get("failed") else ""), always=True),
     Column("accuracy", _number("accuracy", ".2%")),
+    Column("d-acc", _points),
     Column("nats", _number("nats", ".4f")),
     Column("ppl", _number("perplexity", ".3f")),
     Column("d-nats", _delta),
     Column("recovered", _recovered),
     Column("KL", _number("kl", ".2e")),
     Column("top-1", _number("top1", ".1%")),
+    Column("SQNR", _number("sqnr", ".1f")),
     Column("bits/byte", _number("bits_per_byte", ".3f")),
     Column("size", lambda row: size_text(row["bytes"]) if row["bytes"] else "", always=True),
     Column("parity", lambda row: format(row["parity"]["relative"], ".0e") if row.get("parity") else ""),
 )
 
 FOOTNOTES = {
+    "d-acc": (
+        "d-acc: percentage points of accuracy more than the float model named in `base`, with the half width "
+        "of a paired 95% interval"
+    ),
     "d-nats": (
         "d-nats: nats more than the float model named in `base`, with the half width of a paired 95% interval"
     ),
@@ -72,7 +86,8 @@ FOOTNOTES = {
         "recovered: share of the PTQ loss (in nats, same stage) won back; "
         "n.s.: the PTQ loss is within its interval"
     ),
-    "KL": "KL, top-1: divergence from, and agreement with, the same float model, for each token",
+    "KL": "KL, top-1: divergence from, and agreement with, the same float model, for each token or image",
+    "SQNR": "SQNR: signal to quantization noise of the logits in dB, against the same float model",
     "parity": (
         "parity: mean absolute difference from the converted model over the standard deviation of its output"
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qaware.files import write_text
+from qaware.report.layers import worst_html, worst_section
 from qaware.report.ledger import Row, read_rows
 from qaware.report.plot import plot_loss
 from qaware.report.table import cells, footnotes, markdown
@@ -31,8 +32,10 @@ def write_report(folder: Path, rows: Sequence[Row] | None = None) -> Path:
     about = _about(folder)
     title = f"qaware: {about.get('name', folder.name)}"
     plotted = plot_loss(rows, folder / PLOT, about.get("name", folder.name))
-    write_text(folder / REPORT, _markdown(title, rows, about, plotted))
-    write_text(folder / "report.html", _html(title, rows, about, folder / PLOT if plotted else None))
+    layers = worst_section(folder)
+    write_text(folder / REPORT, _markdown(title, rows, about, plotted, layers))
+    image = folder / PLOT if plotted else None
+    write_text(folder / "report.html", _html(title, rows, about, image, worst_html(folder)))
     return folder / REPORT
 
 
@@ -61,11 +64,14 @@ def _facts(rows: Sequence[Row], about: dict[str, Any]) -> list[str]:
     return [*facts, *notes, *failures]
 
 
-def _markdown(title: str, rows: Sequence[Row], about: dict[str, Any], plotted: bool) -> str:
+def _markdown(
+    title: str, rows: Sequence[Row], about: dict[str, Any], plotted: bool, layers: Sequence[str]
+) -> str:
     parts = [f"# {title}\n", markdown(rows)]
     if plotted:
         parts.append(f"![nats lost against bytes]({PLOT})\n")
     parts += [f"- {fact}" for fact in _facts(rows, about)]
+    parts += ["", *layers] if layers else []
     return "\n".join(parts) + "\n"
 
 
@@ -76,7 +82,7 @@ _STYLE = (
 )
 
 
-def _html(title: str, rows: Sequence[Row], about: dict[str, Any], plot: Path | None) -> str:
+def _html(title: str, rows: Sequence[Row], about: dict[str, Any], plot: Path | None, layers: str) -> str:
     """One file with the plot inside, to be mailed or attached."""
     headings, body = cells(rows)
     head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
@@ -89,5 +95,5 @@ def _html(title: str, rows: Sequence[Row], about: dict[str, Any], plot: Path | N
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{lines}</tbody></table>{image}<ul>{notes}</ul></html>\n"
+        f"<tbody>{lines}</tbody></table>{image}<ul>{notes}</ul>{layers}</html>\n"
     )

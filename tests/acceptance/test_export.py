@@ -149,7 +149,7 @@ def test_case_40_post_training_quantization_in_a_trainer(cls: Any) -> None:
     train, target = (sequences, None) if lm else (images, "net")
     module = make(cls)
     before = {n: v.clone() for n, v in module.state_dict().items()}
-    ptq = PostTrainingQuantization(STATIC, target=target, calibration=train(), score=lm)
+    ptq = PostTrainingQuantization(STATIC, target=target, calibration=train(), score=lm, engine="modules")
     trainer(ptq).validate(module, train(9), verbose=False)
     assert ptq.result is not None
     assert all(v.equal(before[n]) for n, v in module.state_dict().items())

@@ -93,9 +93,9 @@ def test_case_34_integers_compute_what_training_saw(recipe: str, seed: int) -> N
 
 @pytest.mark.parametrize("recipe", ["int8-dynamic", STATIC])
 def test_case_07_batch_norm_trains_beside_fake_quantizers(recipe: str) -> None:
-    """Lightning #12890 #12891: batch norm was folded before training and its statistics stood still. Here it
-    is a layer of its own between quantized linear ones (folding comes with the eager engine): its statistics
-    move in training, stand still in validation, and the integers compute what was trained."""
+    """Lightning #12890 #12891: batch norm was folded before training and its statistics stood still. Its
+    statistics move in training, stand still in validation, and the integers compute what was trained; where
+    activations are integers it is folded into the layer before it, in the result only."""
     module, callback = make(Classifier), qat(recipe, target="net")
     norm = module.net[1]
     trainer(callback).fit(module, images(), images(1))
@@ -108,7 +108,8 @@ def test_case_07_batch_norm_trains_beside_fake_quantizers(recipe: str) -> None:
     converted.net = callback.result.model.module
     assert validate(converted, images(1)) == validate(module, images(1))
     assert norm.running_mean.equal(moved)
-    assert callback.result.model.module[1].running_mean.equal(moved)
+    shipped = callback.result.model.module[1]
+    assert isinstance(shipped, nn.Identity if recipe == STATIC else nn.BatchNorm1d)
 
 
 class Encoder(LitLM):

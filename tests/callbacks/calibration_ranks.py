@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -42,12 +43,9 @@ def ranges(observer: str, step: str, processes: int, folder: Path) -> Ranges:
 
 
 def job(processes: int, folder: Path) -> dict[str, Ranges]:
-    """For both observers, by both doors."""
-    return {
-        f"{observer} {step}": ranges(observer, step, processes, folder)
-        for observer in ("minmax", "histogram")
-        for step in ("fit", "validate")
-    }
+    """For observers that do not depend on the order, by both doors."""
+    runs = [*itertools.product(("minmax", "histogram"), ("fit", "validate")), ("mse", "fit")]
+    return {f"{observer} {step}": ranges(observer, step, processes, folder) for observer, step in runs}
 
 
 if __name__ == "__main__":

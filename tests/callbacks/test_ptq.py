@@ -480,6 +480,20 @@ def test_fewer_calibration_batches_than_asked_for(tmp_path: Path, caplog: pytest
     assert sum("calibrated on 3 batches, all that there are" in line for line in caplog.messages) == 1
 
 
+def test_layers_are_reported(tmp_path: Path) -> None:
+    ptq = PostTrainingQuantization("int8-static", "net", output_dir=tmp_path)
+    trainer(callbacks=[ptq]).validate(classifier(), images(1), verbose=False)
+    assert ptq.result is not None
+    assert ptq.result.layers is not None
+    found = {layer.name: layer.output_sqnr for layer in ptq.result.layers.layers}
+    assert set(found) == {"0", "2"}
+    assert all(decibels is not None and 15 < decibels < 80 for decibels in found.values())
+    data = json.loads((tmp_path / "int8-static-ptq.layers.json").read_text())
+    assert data["layers"] == ptq.result.layers.to_dict()["layers"]
+    assert "## Worst layers" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "int8-static-ptq.layers.md").exists()
+
+
 def test_nothing_validated_is_nothing_quantized() -> None:
     ptq = PostTrainingQuantization("int8-weight-only", "net")
     trainer(callbacks=[ptq], limit_val_batches=0).validate(LitClassifier(), images(9), verbose=False)

@@ -53,6 +53,16 @@ def test_a_row_without_a_score() -> None:
     }
 
 
+def test_classifiers_are_compared_by_accuracy_too(score: Make) -> None:
+    ledger = Ledger()
+    ledger.add("float", "float", score(*FLOAT, hits=(1, 1, 1, 0)), 100)
+    row = ledger.add("ptq", "converted", score(*FLOAT, hits=(1, 0, 0, 0)), 50, Comparison("float"))
+    assert row["d_accuracy"] == -0.5
+    assert 0 < row["d_accuracy_ci95"] < 1
+    assert "hits" not in row
+    assert "d_accuracy" not in filled(score).rows[1]
+
+
 def test_d_nats_is_paired(score: Make) -> None:
     ledger = filled(score)
     made = score(*shifted(0.1))

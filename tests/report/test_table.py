@@ -25,6 +25,9 @@ def test_columns_appear_only_when_a_row_fills_them() -> None:
     ("values", "heading", "text"),
     [
         ({"accuracy": 0.91236}, "accuracy", "91.24%"),
+        ({"d_accuracy": -0.0123456, "d_accuracy_ci95": 0.00456}, "d-acc", "-1.23 ±0.46"),
+        ({"d_accuracy": 0.0}, "d-acc", "+0.00"),
+        ({"sqnr": 31.25}, "SQNR", "31.2"),
         ({"nats": 1.23456}, "nats", "1.2346"),
         ({"nats": 0.0}, "nats", "0.0000"),
         ({"perplexity": 4.38449}, "ppl", "4.384"),
@@ -52,6 +55,12 @@ def test_a_row_without_the_figure_has_an_empty_cell() -> None:
     assert body[1] == ["", "aoti", "", "1.50 kB", ""]
 
 
+def test_a_classifier_has_no_perplexity_and_a_language_model_no_accuracy() -> None:
+    values = {"nats": 1.0, "perplexity": None, "bits_per_byte": None, "accuracy": 0.9, "sqnr": 30.0}
+    assert cells([row(**values)])[0] == ["model", "stage", "accuracy", "nats", "SQNR", "size"]
+    assert cells([row(nats=1.0, perplexity=2.7)])[0] == ["model", "stage", "nats", "ppl", "size"]
+
+
 def test_a_repeated_name_is_blank_but_not_one_that_comes_back() -> None:
     names = [line[0] for line in cells([row("a"), row("a"), row("a"), row("b"), row("a")])[1]]
     assert names == ["a", "", "", "b", "a"]
@@ -77,7 +86,9 @@ def test_size_text(count: int, text: str) -> None:
 def test_footnotes_explain_the_shown_columns_only() -> None:
     assert footnotes(["model", "nats"]) == []
     assert footnotes(["d-nats", "parity"]) == [FOOTNOTES["d-nats"], FOOTNOTES["parity"]]
-    everything = row(d_nats=1.0, ptq_loss_nats=1.0, kl=1.0, parity={"relative": 1.0})
+    everything = row(
+        d_accuracy=0.1, d_nats=1.0, ptq_loss_nats=1.0, kl=1.0, sqnr=9.0, parity={"relative": 1.0}
+    )
     assert footnotes(cells([everything])[0]) == list(FOOTNOTES.values())
 
 
