@@ -11,7 +11,10 @@ from qaware.report.ledger import Row
 from qaware.report.table import cells, markdown
 
 NAME = "qaware"
-_SCALARS = ("nats", "perplexity", "bits_per_byte", "accuracy", "kl", "top1", "d_nats", "recovered", "bytes")
+_SCALARS = (
+    *("nats", "perplexity", "bits_per_byte", "accuracy", "kl", "top1", "sqnr"),
+    *("d_nats", "d_accuracy", "recovered", "bytes"),
+)
 
 
 def log_rows(trainer: pl.Trainer, rows: Sequence[Row]) -> None:

@@ -176,6 +176,8 @@ class PostTrainingQuantization(QuantizationCallback):
         datamodule = getattr(trainer, "datamodule", None)
         if trainer.state.fn == "validate" and datamodule and is_overridden("train_dataloader", datamodule):
             datamodule.setup("fit")  # Lightning set up the validation part only
+        if hasattr(datamodule, "calibration_dataloader"):  # training data without its augmentation
+            return datamodule.calibration_dataloader()
         loader = raw_loader(trainer, "train")
         if loader is not None:
             return loader

@@ -84,11 +84,13 @@ def _add_experiment(parser: ArgumentParser) -> None:
 
 def _add_evaluate(parser: ArgumentParser) -> None:
     parser.add_argument("artifact", type=str, help="an exported file, with its sidecar beside it")
-    parser.add_argument("--data", type=str, required=True, help="text, jsonl or parquet file")
+    parser.add_argument(
+        "--data", type=str, required=True, help="text, jsonl or parquet file; of a classifier images"
+    )
     parser.add_argument(
         "--window", type=int, default=None, help="tokens in a window; default as when exported"
     )
-    parser.add_argument("--max-windows", type=int, default=None, help="score no more than this many windows")
+    parser.add_argument("--max-windows", type=int, default=None, help="score so many windows or images")
 
 
 def _run(options: Namespace) -> int:
@@ -110,14 +112,18 @@ def _run(options: Namespace) -> int:
 
 @contextmanager
 def _quiet_trainers() -> Iterator[None]:
-    """An experiment makes several Trainers; each would say again which accelerators there are."""
+    """An experiment makes several Trainers; each would say again which accelerators there are. What qaware
+    says, e.g. which engine it chose, stays."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.getMessage().startswith("qaware:")
+
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(keep)
 
 
 def _check(options: Namespace) -> int:

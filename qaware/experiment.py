@@ -35,14 +35,18 @@ class Quantize:
     """Runtimes, e.g. ``[executorch, aoti, tract]``."""
     target: str | None = None
     """Submodule to quantize; null for the whole model."""
+    engine: str = "auto"
+    """``auto`` (by recipe and runtimes), ``modules``, ``eager`` or ``graph``."""
     start_step: int = 0
     """QAT: optimizer step from which the forward pass rounds."""
     freeze_observers_step: int | None = None
     """QAT: optimizer step from which static activation ranges stay."""
+    freeze_batch_norm_step: int | None = None
+    """QAT: optimizer step from which batch norms use their running statistics, which no longer move."""
     distillation: float = 0.0
     """QAT: share of the loss, 0 to 1, that is the divergence from the float model instead of the own loss."""
-    calibration_batches: int = 32
-    """PTQ of static activations: batches that are observed."""
+    calibration_batches: int | None = None
+    """PTQ of static activations: batches that are observed, an error where there are fewer; null: to 32."""
 
     def load_recipe(self) -> Recipe:
         """The recipe with ``rules`` in front."""

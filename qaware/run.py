@@ -86,7 +86,7 @@ class Run:
         else:
             trainer.fit(model, datamodule=data)
         self._keep(trainer, FLOAT)
-        self._keep_tokenizer(data)
+        self._keep_data(data)
         self._score_float(trainer, model, FLOAT)
 
     def _train_control(self, model: pl.LightningModule, data: pl.LightningDataModule) -> pl.LightningModule:
@@ -109,6 +109,7 @@ class Run:
             export,
             metrics=self.experiment.metrics,
             on_failure="warn",
+            engine=entry.engine,
             calibration_batches=entry.calibration_batches,
         )
         self._connect(ptq, Comparison(label))
@@ -130,8 +131,10 @@ class Run:
             entry.export,
             metrics=self.experiment.metrics,
             on_failure="warn",
+            engine=entry.engine,
             start_step=entry.start_step,
             freeze_observers_step=entry.freeze_observers_step,
+            freeze_batch_norm_step=entry.freeze_batch_norm_step,
             distillation=entry.distillation,
         )
         self._connect(qat, Comparison(CONTROL, ptq.label))
@@ -198,12 +201,14 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise QawareError(f"{path}: cannot be written ({first_line(error)})") from error
 
-    def _keep_tokenizer(self, data: pl.LightningDataModule) -> None:
-        """Beside the artifacts, so that ``qaware evaluate`` needs nothing else."""
-        save = getattr(data, "save_tokenizer", None)
-        if save is not None:
-            save(self.folder / "artifacts" / "tokenizer")
-            self.metadata = {"tokenizer": "tokenizer", "data": self.experiment.data.get("init_args", {})}
+    def _keep_data(self, data: pl.LightningDataModule) -> None:
+        """How data become inputs, with the artifacts, so that ``qaware evaluate`` needs nothing else."""
+        arguments = self.experiment.data.get("init_args", {})
+        if hasattr(data, "save_tokenizer"):
+            data.save_tokenizer(self.folder / "artifacts" / "tokenizer")
+            self.metadata = {"tokenizer": "tokenizer", "data": arguments}
+        elif hasattr(data, "preprocessing"):
+            self.metadata = {"preprocessing": data.preprocessing(), "data": arguments}
 
     def _status(self, status: str) -> None:
         about = {

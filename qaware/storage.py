@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qaware.copying import deep_copy
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
-from qaware.engines.eager import EagerEngine, fold_shapes
+from qaware.engines.choose import engine_for
+from qaware.engines.eager import fold_shapes
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
 from qaware.files import atomic
@@ -50,11 +51,6 @@ def save(quantized: QuantizedModel, path: Path) -> None:
         QawareError: the file cannot be written.
     """
     layout = quantized.plan.layout
-    if layout is not None and layout.engine == "graph":
-        raise QawareError(
-            f"{path}: the graph engine's model is a program, not a module with integers; export it, or "
-            "quantize with engine: eager to save it"
-        )
     modules = dict(quantized.module.named_modules())
     tensors, caches = _float_tensors(quantized.module, quantized.weights)
     once: dict[int, Tensor] = {}
@@ -103,7 +99,8 @@ def load_quantized(path: str | Path, model: nn.Module) -> QuantizedModel:
     if layout is None:
         return ModulesEngine().rebuild(model, plan, weights, activations)
     outputs = {name: ActivationRange(**a) for name, a in data["outputs"].items()}
-    return EagerEngine().rebuild(model, plan, weights, activations, outputs)
+    rebuilt: QuantizedModel = engine_for(plan).rebuild(model, plan, weights, activations, outputs)
+    return rebuilt
 
 
 def _require_sites(path: str | Path, model: nn.Module, layout: Layout) -> None:

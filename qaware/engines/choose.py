@@ -53,6 +53,11 @@ def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = 
         )
     if wanted == "graph":
         _require_graph_runtime(runtimes)
+    if any(is_sharded(m) for m in model.modules()) and (convolutions or wanted in ("eager", "graph")):
+        raise QawareError(
+            "strategy: integer activations and convolutions are not trained in sharded modules (FSDP2); use "
+            "DDP, or engine: modules for a model of linear layers"
+        )
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if not (static or convolutions):
@@ -98,7 +103,8 @@ def lay_out(
         return plan, choice
     following = _following(plan, choice.engine, runtimes) if wanted == "auto" else []
     try:
-        example = find_example() if plan.needs_calibration else Example()
+        needed = plan.needs_calibration or choice.engine == "graph"
+        example = find_example() if needed else Example()
         return _laid_out(choice.engine, model, plan, example, runtimes, training), choice
     except QawareError as error:
         if not following:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -32,7 +33,8 @@ def score_classification(
     gather: Gather | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> Score:
-    """Accuracy and cross-entropy (nats per sample) of ``predict`` on batches.
+    """Accuracy and cross-entropy (nats per sample) of ``predict`` on batches; beside a ``reference`` also
+    KL, top-1 agreement and SQNR.
 
     inputs: for each batch the tuple of tensors that ``predict`` is called with.
     labels: for each batch its (B,) integer classes.
@@ -55,7 +57,8 @@ def score_classification(
     targets = list(chain.from_iterable(item.tolist() for item in labels))
     values = compute_extra(metrics, predictions, targets) if metrics else {}
     score = add_up(records, _protocol(inputs, labels), values)
-    return dataclasses.replace(score, accuracy=sum(item.right for item in records) / score.count)
+    hits = tuple(chain.from_iterable(item.hits for item in records))
+    return dataclasses.replace(score, accuracy=sum(hits) / score.count, hits=hits, sqnr=_sqnr(records))
 
 
 def _score_batch(
@@ -69,7 +72,27 @@ def _score_batch(
 ) -> Record:
     targets = labels.long()
     logits, other, seconds = run(f"batch {index}", predict, reference, batch, (len(targets),), targets)
-    return record(index, logits, targets, other, seconds, whole=False, keep=keep)
+    item = record(index, logits, targets, other, seconds, whole=False, keep=keep)
+    if other is None:
+        return item
+    signal = other.detach().cpu().double()
+    noise = signal - logits.detach().cpu().double()
+    return dataclasses.replace(item, signal=_energy(signal), noise=_energy(noise))
+
+
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum())
+
+
+def _sqnr(records: Sequence[Record]) -> float | None:
+    """Over the logits of all records, in dB."""
+    if any(item.signal is None or item.noise is None for item in records):
+        return None
+    signal = math.fsum(item.signal or 0.0 for item in records)
+    noise = math.fsum(item.noise or 0.0 for item in records)
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def _check(inputs: Sequence[tuple[Tensor, ...]], labels: Sequence[Tensor]) -> None:

@@ -35,10 +35,15 @@ class Record:
     losses: tuple[float, ...]
     counts: tuple[int, ...]
     seconds: float
-    right: int
     predictions: tuple[int, ...]
     kl: float | None
     agree: int | None
+    hits: tuple[int, ...] = ()
+    """For each loss of one row 1 where its target is the argmax, else 0."""
+    signal: float | None = None
+    """Of a classifier: sum of the squares of the reference's logits; None without a reference."""
+    noise: float | None = None
+    """Of a classifier: sum of the squares of the differences from them."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +153,10 @@ def record(
         losses=(math.fsum(nll),) if whole else tuple(nll),
         counts=(len(nll),) if whole else (1,) * len(nll),
         seconds=seconds,
-        right=int((rows.predicted == targets.cpu()).sum()),
         predictions=tuple(rows.predicted.tolist()) if keep else (),
         kl=None if rows.kl is None else math.fsum(rows.kl.tolist()),
         agree=None if rows.agree is None else int(rows.agree.sum()),
+        hits=() if whole else tuple((rows.predicted == targets.cpu()).int().tolist()),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from qaware.errors import QawareError
 
-_PER_WINDOW = ("losses", "counts")
+_PER_WINDOW = ("losses", "counts", "hits")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Score:
     """Scored tokens of each window; 1 for each sample."""
     extra: dict[str, float]
     """Other `evaluate` metrics, by name."""
+    sqnr: float | None = None
+    """Signal to quantization noise of the logits in dB, 10 log10(sum r^2 / sum (r - x)^2), where r are the
+    float model's (classifiers only); infinite where they are equal."""
+    hits: tuple[int, ...] = ()
+    """For each sample 1 where the label is the argmax, else 0 (classifiers only)."""
 
     def row(self) -> dict[str, Any]:
         """This score as plain JSON values, without the arrays that have one entry a window.
@@ -72,11 +77,7 @@ def paired(a: Score, b: Score) -> tuple[float, float]:
 
     Raises QawareError for scores of different protocols, or that hold no losses.
     """
-    if a.fingerprint != b.fingerprint:
-        raise QawareError(
-            f"fingerprint: {a.fingerprint} and {b.fingerprint} are different protocols "
-            f"({_differing(a.protocol, b.protocol)}); score both models on the same data and windows"
-        )
+    _require_same_protocol(a, b)
     if a.counts != b.counts or len(a.losses) != len(b.losses) or not a.losses:
         raise QawareError(
             f"losses: {len(a.losses)} and {len(b.losses)} windows do not pair up under fingerprint "
@@ -85,6 +86,37 @@ def paired(a: Score, b: Score) -> tuple[float, float]:
     differences = tuple(x - y for x, y in zip(a.losses, b.losses, strict=True))
     width = half_width(differences, a.counts)
     return math.fsum(differences) / sum(a.counts), math.inf if width is None else width
+
+
+def paired_accuracy(a: Score, b: Score) -> tuple[float, float]:
+    """How much more accurate ``a`` is than ``b``: (share of a minus share of b, half width of its 95%
+    interval).
+
+    The width comes from the samples that only one of them gets right, with one more on each side, so that
+    it is not zero where there are none (Bonett and Price 2012, "Adjusted Wald Confidence Interval for a
+    Difference of Binomial Proportions Based on Paired Data", J. Educ. Behav. Stat. 37(4)).
+
+    Raises QawareError for scores of different protocols, or that are not of classifiers.
+    """
+    _require_same_protocol(a, b)
+    if len(a.hits) != len(b.hits) or not a.hits:
+        raise QawareError(
+            f"hits: {len(a.hits)} and {len(b.hits)} samples do not pair up under fingerprint "
+            f"{a.fingerprint}; compare two complete scores of classifiers"
+        )
+    count = len(a.hits)
+    won = sum(x > y for x, y in zip(a.hits, b.hits, strict=True))
+    lost = sum(x < y for x, y in zip(a.hits, b.hits, strict=True))
+    p, q = (won + 1) / (count + 2), (lost + 1) / (count + 2)
+    return (won - lost) / count, NormalDist().inv_cdf(0.975) * math.sqrt((p + q - (p - q) ** 2) / (count + 2))
+
+
+def _require_same_protocol(a: Score, b: Score) -> None:
+    if a.fingerprint != b.fingerprint:
+        raise QawareError(
+            f"fingerprint: {a.fingerprint} and {b.fingerprint} are different protocols "
+            f"({_differing(a.protocol, b.protocol)}); score both models on the same data and windows"
+        )
 
 
 def half_width(losses: Sequence[float], counts: Sequence[int]) -> float | None:

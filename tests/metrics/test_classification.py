@@ -27,6 +27,7 @@ def test_by_hand():
     assert score.nats == pytest.approx(sum(losses) / 3)
     assert score.accuracy == pytest.approx(2 / 3)
     assert (score.count, score.counts) == (3, (1, 1, 1))
+    assert (score.hits, score.sqnr) == ((1, 0, 1), None)
     assert score.ci95 == pytest.approx(half_width(losses, (1, 1, 1)))
     assert (score.perplexity, score.bits_per_byte, score.kl, score.top1) == (None, None, None, None)
     assert score.protocol["normalizer"] == "sample"
@@ -38,6 +39,21 @@ def test_kl_and_top1_against_a_reference():
     half = [0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p)) for p in (0.5, 0.25, 0.125)]
     assert score.kl == pytest.approx(sum(half) / 3)
     assert score.top1 == pytest.approx(1 / 3)
+
+
+def test_sqnr_is_over_the_logits_of_all_batches():
+    reference = [torch.tensor([[3.0, 4.0], [0.0, 12.0]]), torch.tensor([[6.0, 8.0]])]
+    noise = [torch.tensor([[1.0, 0.0], [0.0, -1.0]]), torch.tensor([[0.0, 0.5]])]
+    expected = 10 * math.log10((25 + 144 + 100) / 2.25)
+    inputs = [(r, n) for r, n in zip(reference, noise, strict=True)]
+
+    def sqnr(predict, base):
+        return score_classification(predict, inputs, LABELS, base).sqnr
+
+    assert sqnr(lambda r, n: r - n, lambda r, n: r) == pytest.approx(expected)
+    assert sqnr(lambda r, n: r, lambda r, n: r) == math.inf
+    assert sqnr(lambda r, n: r, lambda r, n: 0 * r) == -math.inf
+    assert score_classification(lambda r, n: r, inputs, LABELS, lambda r, n: r).row()["sqnr"] is None
 
 
 def test_low_precision_logits_are_scored_in_float64():

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from qaware.errors import QawareError
-from qaware.metrics.score import Score, _t975, fingerprint_of, half_width, paired
+from qaware.metrics.score import Score, _t975, fingerprint_of, half_width, paired, paired_accuracy
 
 
 def score(losses=(2.0, 8.0), counts=(1, 3), **changes) -> Score:
@@ -104,10 +104,41 @@ def test_paired_refuses_scores_without_losses():
         paired(score(), dataclasses.replace(score(), losses=(), counts=()))
 
 
+def test_paired_accuracy_by_hand():
+    a, b = score(hits=(1, 1, 1, 0, 0, 1)), score(hits=(0, 1, 0, 0, 1, 0))
+    difference, width = paired_accuracy(a, b)  # 3 won, 1 lost, of 6; one more on each side: 4 and 2, of 8
+    assert difference == pytest.approx(2 / 6)
+    assert width == pytest.approx(1.959964 * math.sqrt((6 / 8 - (2 / 8) ** 2) / 8))
+    assert paired_accuracy(b, a) == (-difference, width)
+
+
+def test_paired_accuracy_of_equal_answers_is_not_certain():
+    same = score(hits=(1, 0) * 50)
+    assert paired_accuracy(same, same)[0] == 0
+    assert 0.02 < paired_accuracy(same, same)[1] < 0.04
+
+
+def test_the_interval_of_accuracy_covers_the_truth():
+    rng, runs, covered = random.Random(0), 400, 0
+    for _ in range(runs):
+        b = [rng.random() < 0.9 for _ in range(300)]
+        a = [hit if rng.random() < 0.95 else rng.random() < 0.5 for hit in b]  # 2% of what is right is lost
+        difference, width = paired_accuracy(score(hits=tuple(map(int, a))), score(hits=tuple(map(int, b))))
+        covered += abs(difference - 0.05 * (0.5 - 0.9)) <= width
+    assert 0.93 * runs <= covered <= 0.995 * runs
+
+
+def test_paired_accuracy_refuses():
+    with pytest.raises(QawareError, match="hits: 0 and 0 samples"):
+        paired_accuracy(score(), score())
+    with pytest.raises(QawareError, match="window 4 against 8"):
+        paired_accuracy(score(hits=(1,)), score(hits=(1,), protocol={"data": "d", "window": 8}))
+
+
 def test_row_is_plain_json_without_arrays():
     row = score(perplexity=math.inf, extra={"accuracy": 0.5, "odd": math.nan}).row()
     assert json.loads(json.dumps(row, allow_nan=False)) == row
-    assert {field.name for field in dataclasses.fields(Score)} - set(row) == {"losses", "counts"}
+    assert {field.name for field in dataclasses.fields(Score)} - set(row) == {"losses", "counts", "hits"}
     assert row["perplexity"] is None
     assert row["extra"] == {"accuracy": 0.5, "odd": None}
     assert row["protocol"] == {"data": "d", "window": 4}
