@@ -86,6 +86,8 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
     def forward(self, x: Tensor, grid: Tensor | None = None) -> Tensor:
         """Same shape and dtype as ``x``, which is clipped to the range of ``grid`` where one is given: scale
         and zero point are chosen for that tensor then, not for ``x``."""
+        if x.shape[1] == 1:  # as of a 1x1 convolution of one channel; torchao takes no group of one
+            return self.forward(x.expand(-1, 2), None if grid is None else grid.expand(-1, 2))[:, :1]
         if self.enabled:
             self.scale, self.zero_point = self._qparams(x if grid is None else grid)
         rounded: Tensor = super().forward(x)

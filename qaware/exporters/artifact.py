@@ -33,6 +33,8 @@ class Artifact:
     """What the parity check measured; None until it passed."""
     notes: tuple[str, ...] = ()
     """What this runtime does differently, e.g. ``activations in float``."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the exporter found while it wrote the file, e.g. ``{"delegation": {...}}``."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """Anything else that scoring needs, e.g. the tokenizer's folder."""
 

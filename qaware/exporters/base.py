@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import copy
+import dataclasses
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,23 @@ class Tolerance:
     """Mean KL(converted || runtime) over the last axis, in nats."""
     reason: str
     """Where the difference comes from."""
+    steps: float | None = None
+    """Largest difference in quantization steps, where the output is on an int8 grid; None: any."""
+
+
+def one_step(tolerance: Tolerance) -> Tolerance:
+    """``tolerance``, and one step of the output's grid."""
+    return dataclasses.replace(tolerance, steps=1.0)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an exporter found out while it wrote a file."""
+
+    notes: tuple[str, ...] = ()
+    """Lines for the report, in front of those of ``Exporter.notes``."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Plain data for the sidecar, e.g. which operators a backend took."""
 
 
 class Exporter(abc.ABC):
@@ -66,8 +84,9 @@ class Exporter(abc.ABC):
     @abc.abstractmethod
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
-    ) -> None:
-        """Lower ``quantized`` (a deep copy, free to change) and write the file to ``path``."""
+    ) -> Written | None:
+        """Lower ``quantized`` (a deep copy, free to change) and write the file to ``path``; return what is
+        worth telling about it."""
 
     @abc.abstractmethod
     def open(self, path: Path, signature: Signature) -> Runner:
@@ -111,7 +130,7 @@ class Exporter(abc.ABC):
         work = copy.deepcopy(quantized)
         with atomic(path) as temporary:
             try:
-                self.write(work, example, signature, temporary)
+                found = self.write(work, example, signature, temporary) or Written()
             except (QawareError, OSError):
                 raise
             except Exception as error:
@@ -126,11 +145,19 @@ class Exporter(abc.ABC):
             layers=layers,
             sha256=sha256(path),
             bytes=path.stat().st_size,
-            notes=self.notes(quantized.plan),
+            notes=(*found.notes, *self.notes(quantized.plan)),
+            details=found.details,
             metadata=metadata or {},
         )
         artifact.save()
         return artifact
+
+
+def in_evaluation(module: nn.Module) -> nn.Module:
+    """``module.eval()``, which a graph of torch.export inside would refuse: it was traced in its mode."""
+    for part in module.modules():
+        part.training = False
+    return module
 
 
 def _installed(package: str) -> bool:

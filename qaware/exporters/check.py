@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qaware.errors import QawareError
 from qaware.exporters.base import Exporter
-from qaware.matching import rematch
+from qaware.matching import CONVOLUTIONS, rematch
 from qaware.plan import Decision, Plan, indivisible, nearest_groups
 from qaware.recipe import Recipe, recipe_names
 from qaware.scheme import FLOAT16_BITS, Scheme
@@ -84,6 +84,10 @@ def _refusal(decision: Decision, exporters: Sequence[Exporter]) -> str | None:
     assert scheme is not None
     if why := indivisible(scheme, decision.width):
         return why
+    if decision.type in CONVOLUTIONS and scheme.is_float:
+        return f"bits: 16 is for Linear and Embedding, not {decision.type}; use bits: 8"
+    if decision.type in CONVOLUTIONS and scheme.activation == "int8-dynamic":
+        return "int8-dynamic measures a range for each token, which a convolution has not; use int8-static"
     for exporter in exporters:
         if why := exporter.refuse(decision):
             return f"{exporter.name}: {why}"
@@ -103,11 +107,12 @@ def _candidates(decision: Decision) -> Iterator[Scheme]:
     wanted = decision.scheme
     assert wanted is not None
     if wanted.is_float:
-        yield Scheme(8)
+        yield from (Scheme(8), Scheme(8, activation="int8-static"))
         return
     groups = nearest_groups(decision.width, wanted.group_size or decision.width)
     groups = [*groups, 0] if wanted.group_size else [0, *groups]
-    activations = ["none"] if decision.type == "Embedding" else [wanted.activation, "int8-dynamic", "none"]
+    other = "int8-static" if decision.type in CONVOLUTIONS else "int8-dynamic"
+    activations = ["none"] if decision.type == "Embedding" else [wanted.activation, other, "none"]
     for bits, activation, symmetric, dtype, group in itertools.product(
         range(wanted.bits, 9),
         dict.fromkeys(activations),
@@ -116,5 +121,6 @@ def _candidates(decision: Decision) -> Iterator[Scheme]:
         groups,
     ):
         observer = wanted.observer if activation == wanted.activation else "minmax"
-        yield Scheme(bits, group, activation, symmetric, dtype, observer)
+        per_tensor = wanted.per_tensor and activation == wanted.activation and group == 0
+        yield Scheme(bits, group, activation, symmetric, dtype, observer, per_tensor)
     yield Scheme(FLOAT16_BITS)

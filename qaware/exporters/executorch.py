@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaware.engines.base import QuantizedModel
-from qaware.engines.integer import Float16Embedding, Float16Linear
-from qaware.exporters.base import Exporter, Runner, Tolerance
+from qaware.engines.integer import Float16Embedding, Float16Linear, StaticLinear
+from qaware.errors import QawareError
+from qaware.exporters.base import Exporter, Runner, Tolerance, Written, in_evaluation, one_step
+from qaware.exporters.delegation import delegation
 from qaware.exporters.executorch_errors import explained
 from qaware.exporters.signature import Signature
+from qaware.matching import CONVOLUTIONS
 from qaware.plan import Decision, Plan
 from qaware.scheme import Scheme
 
 _BLOCK = 32
 """XNNPACK's int4 kernels read groups in multiples of this (``_check_per_channel_group_params``)."""
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, torch.fx.GraphModule)
+"""What a graph holds is not known by its modules."""
 _EMBEDDING_BITS = (2, 4, 8)
 """Kernels ``quantized_decomposed::embedding_{2bit,4bit,byte}`` of the runtime."""
 
@@ -49,11 +55,17 @@ class ExecuTorchExporter(Exporter):
         ),
     )
 
+    def tolerance_for(self, plan: Plan) -> Tolerance:
+        """One step of the output where it is an integer."""
+        return one_step(self.tolerance) if plan.layout is not None else self.tolerance
+
     def notes(self, plan: Plan) -> tuple[str, ...]:
         """Float16 arithmetic, and what is stored twice."""
         chosen = []
         if any(d.scheme and d.scheme.is_float for d in plan.quantized.values()):
             chosen.append("float16 linear layers multiply float16 activations; between layers it is float32")
+        if any(d.scheme and d.scheme.is_static and d.scheme.bits < 8 for d in plan.quantized.values()):
+            chosen.append("weights of layers with static activations take 8 bits each, whatever their width")
         if any(d.tied_to for d in plan.quantized.values()):
             chosen.append("an embedding and a head that share a weight are stored twice")
         return tuple(chosen)
@@ -65,23 +77,33 @@ class ExecuTorchExporter(Exporter):
             return None
         if decision.type == "Embedding":
             return _refuse_embedding(scheme, decision.width)
-        return _refuse_activation(scheme) or _refuse_weight(scheme, decision.width)
+        if scheme.is_static:
+            return _refuse_static(scheme)
+        if scheme.activation == "none":
+            kind = "convolutions" if decision.type in CONVOLUTIONS else "linear layers"
+            return f"weight-only int{scheme.bits} {kind} lose their scales on XNNPACK, silently"
+        return _refuse_weight(scheme, decision.width)
 
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
-    ) -> None:
-        """Export with the dynamic axes of ``signature``, lower to XNNPACK and write ``path``."""
-        module = signature.wrap(_adapt(_widen(quantized.module))).eval().requires_grad_(False).cpu()
-        inputs = tuple(t.cpu() for t in _at_least_two(example, signature))
+    ) -> Written:
+        """Export with the dynamic axes of ``signature``, lower to XNNPACK and write ``path``.
+
+        Raises:
+            QawareError: lowering limits a dynamic axis.
+        """
         with _bare_root_logger():
             from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 
-            program = torch.export.export(module, inputs, dynamic_shapes=_dynamic_shapes(signature))
+            program = _exported(quantized.module, example, signature)
             edge = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
+            _require_sizes(program, edge.exported_program())
+            found = delegation(edge.exported_program())
             # The flag fuses quantized embeddings, which have no kernel otherwise.
             lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
         with path.open("wb") as file:
             lowered.write_to_file(file)
+        return Written(found.lines(), {"delegation": dataclasses.asdict(found)})
 
     def reference(self, quantized: QuantizedModel) -> nn.Module:
         """The converted model; of a bfloat16 one the same integers in float32."""
@@ -127,11 +149,11 @@ def _refuse_embedding(scheme: Scheme, width: int) -> str | None:
     return None
 
 
-def _refuse_activation(scheme: Scheme) -> str | None:
-    if scheme.activation == "int8-static":
-        return "int8-static activations need quantized operators around the layer (a later release)"
-    if scheme.activation == "none":
-        return f"weight-only int{scheme.bits} linear layers lose their scales on XNNPACK, silently"
+def _refuse_static(scheme: Scheme) -> str | None:
+    if scheme.group_size:
+        return "layers with int8-static activations have one scale per channel on XNNPACK, no groups"
+    if not scheme.symmetric:
+        return "asymmetric weights lose their zero points on XNNPACK, silently"
     return None
 
 
@@ -197,6 +219,35 @@ def _partitioner() -> Any:
     return XnnpackPartitioner(configs=keep)
 
 
+def _exported(module: nn.Module, example: tuple[Tensor, ...], signature: Signature) -> Any:
+    """The program of ``module``, which may be a converted graph, with one pair of operators at each grid."""
+    from qaware.exporters.qdq import clean, decompose, float_conv1d
+
+    _refuse_rounded_inputs(module)
+    decompose(module)
+    wrapped = signature.wrap(_adapt(_widen(module))).requires_grad_(False).cpu()
+    inputs = _traceable(example, signature, module)
+    program = torch.export.export(
+        in_evaluation(wrapped), inputs, dynamic_shapes=_dynamic_shapes(signature), strict=False
+    )
+    if clean(program.graph_module, torch.int8, whole=True) and float_conv1d(program.graph):
+        # XNNPACK's pass for Conv1d takes it for an int8 one, and writes a file that cannot be loaded.
+        raise QawareError(
+            "executorch: a float Conv1d beside int8 layers cannot be lowered; "
+            "give every Conv1d int8-static, or none"
+        )
+    return program
+
+
+def _refuse_rounded_inputs(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, StaticLinear):
+            raise QawareError(
+                f"{name}: XNNPACK's int8 layers need an integer output too, which engine: modules does not "
+                "calibrate; use engine: eager"
+            )
+
+
 def _dynamic_shapes(signature: Signature) -> tuple[tuple[dict[int, Any], ...]]:
     """One mapping an input, inside the tuple that stands for ``*tensors``."""
     dims = {
@@ -209,15 +260,30 @@ def _dynamic_shapes(signature: Signature) -> tuple[tuple[dict[int, Any], ...]]:
     )
 
 
-def _at_least_two(example: tuple[Tensor, ...], signature: Signature) -> tuple[Tensor, ...]:
-    """``example`` with dynamic axes of size 1 made 2: torch.export takes a 1 for a constant."""
-    wide = []
+def _traceable(example: tuple[Tensor, ...], signature: Signature, module: nn.Module) -> tuple[Tensor, ...]:
+    """``example`` with other dynamic axes, values repeated: torch.export takes a 1 for a constant, and guards
+    a convolution by whether its batch is below 16, so that needs an example as large as legal."""
+    convolves = any(isinstance(part, _CONVOLUTIONS) for part in module.modules())
+    inputs = []
     for tensor, spec in zip(example, signature.inputs, strict=True):
         for axis, size in enumerate(spec.shape):
-            if isinstance(size, str) and tensor.shape[axis] == 1 < signature.symbols[size][1]:
-                tensor = tensor.repeat_interleave(2, axis)
-        wide.append(tensor)
-    return tuple(wide)
+            if isinstance(size, str):
+                high = signature.symbols[size][1]
+                length = high if convolves else max(tensor.shape[axis], min(2, high))
+                index = torch.arange(length, device=tensor.device) % tensor.shape[axis]
+                tensor = tensor.index_select(axis, index)
+        inputs.append(tensor.cpu())
+    return tuple(inputs)
+
+
+def _require_sizes(program: Any, lowered: Any) -> None:
+    """Memory is planned for the largest sizes, which operators may have limited while they were lowered."""
+    for symbol, wanted in program.range_constraints.items():
+        found = lowered.range_constraints.get(symbol, wanted)
+        if found.upper < wanted.upper:
+            raise QawareError(
+                f"executorch: a dynamic axis of up to {wanted.upper} was limited to {found.upper}"
+            )
 
 
 @contextlib.contextmanager

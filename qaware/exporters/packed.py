@@ -20,6 +20,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
 from qaware.engines.fake_quant import INT8, integer_dtype
+from qaware.engines.static_integer import IntegerLayer
 from qaware.errors import QawareError
 from qaware.plan import Decision
 
@@ -169,8 +170,41 @@ class PackedEmbedding(nn.Embedding):
         return self.packed.dequantize(input).to(self.dtype)
 
 
+class PackedConvolution(nn.Module):
+    """The part that convolutions on a packed weight share."""
+
+    packed: PackedWeight
+    bias: Any
+    shape: torch.Size
+    """Of the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As of the float layer, in float32 inside."""
+        layer: Any = self
+        weight = self.packed.dequantize().view(self.shape)
+        y: Tensor = layer._conv_forward(input.float(), weight, self.bias)
+        return y.to(input.dtype)
+
+
+class PackedConv1d(PackedConvolution, nn.Conv1d):
+    """(batch, in_channels, length) to (batch, out_channels, length)."""
+
+
+class PackedConv2d(PackedConvolution, nn.Conv2d):
+    """(batch, in_channels, height, width) to (batch, out_channels, height, width)."""
+
+
+_CLASSES = {
+    "Linear": PackedLinear,
+    "Embedding": PackedEmbedding,
+    "Conv1d": PackedConv1d,
+    "Conv2d": PackedConv2d,
+}
+
+
 def pack_layers(quantized: QuantizedModel) -> None:
-    """Turn the integer layers of ``quantized.module`` into packed ones, in place, ties kept.
+    """Turn the integer layers of ``quantized.module`` into packed ones, in place, ties kept; those whose
+    activations are integers too stay what they are.
 
     Raises:
         QawareError: a scale does not fit its precision, or an embedding renormalizes its rows.
@@ -178,15 +212,23 @@ def pack_layers(quantized: QuantizedModel) -> None:
     modules: dict[str, Any] = dict(quantized.module.named_modules())
     shared: dict[int, PackedWeight | nn.Parameter] = {}
     for name, weight in quantized.weights.items():
-        key = weight.data.data_ptr()
+        decision, key = quantized.plan.layer(name), weight.data.data_ptr()
+        # A layer that is no module any more is part of a converted graph.
+        if name not in modules or _multiplies_integers(modules[name], decision):
+            continue
         if weight.scheme.is_float:
             # Float16 layers already store what they should; only the tie was lost when they were copied.
             modules[name].weight = shared.setdefault(key, nn.Parameter(weight.data, requires_grad=False))
             continue
         if key not in shared:
             shared[key] = PackedWeight(weight)
-        _become_packed(modules[name], quantized.plan.layer(name), quantized.activations.get(name))
+        _become_packed(modules[name], decision, quantized.activations.get(name))
         modules[name].packed = shared[key]
+
+
+def _multiplies_integers(module: nn.Module, decision: Decision) -> bool:
+    assert decision.scheme is not None
+    return isinstance(module, IntegerLayer) and decision.scheme.is_static
 
 
 def _become_packed(module: Any, decision: Decision, static: ActivationRange | None) -> None:
@@ -195,8 +237,9 @@ def _become_packed(module: Any, decision: Decision, static: ActivationRange | No
     if getattr(module, "max_norm", None) is not None:
         raise QawareError(f"{decision.module}: max_norm {module.max_norm} cannot be exported; use None")
     module.dtype, module.activation, module.static = module.weight.dtype, decision.scheme.activation, static
+    module.shape = module.weight.shape
     del module.weight
-    module.__class__ = PackedLinear if decision.type == "Linear" else PackedEmbedding
+    module.__class__ = _CLASSES[decision.type]
 
 
 def _exact(weight: QuantizedWeight) -> Tensor:

@@ -74,6 +74,11 @@ class Signature:
                 bad = least if least < spec.low else most
                 raise QawareError(f"{spec.name}: value {bad} is outside {spec.low} to {spec.high}")
 
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The inputs as the model's own forward takes them: by position, and by keyword."""
+        pairs = list(zip((spec.keyword for spec in self.inputs), tensors, strict=True))
+        return tuple(t for k, t in pairs if k is None), {k: t for k, t in pairs if k is not None}
+
     def wrap(self, module: nn.Module) -> Deployable:
         """``module`` as something every exporter can trace: tensors in, one tensor out."""
         return Deployable(module, tuple(spec.keyword for spec in self.inputs))

@@ -1,4 +1,5 @@
-"""tract, Sonos' inference engine: the integers of the weights, activations in float32."""
+"""tract, Sonos' inference engine: integer products where activations are static, else integers of the weights
+and activations in float32."""
 
 from __future__ import annotations
 
@@ -17,11 +18,21 @@ from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qaware.engines.base import QuantizedModel
+from qaware.engines.static_integer import IntegerLayer
 from qaware.errors import QawareError
-from qaware.exporters.base import Exporter, Runner, Tolerance
+from qaware.exporters.base import Exporter, Runner, Tolerance, Written
 from qaware.exporters.signature import Signature
+from qaware.exporters.tract_dump import products
 from qaware.plan import Decision, Plan
+from qaware.scheme import Scheme
 
+PLAIN: dict[str, type[nn.Module]] = {
+    "Linear": nn.Linear,
+    "Embedding": nn.Embedding,
+    "Conv1d": nn.Conv1d,
+    "Conv2d": nn.Conv2d,
+}
+"""The classes of float layers, by the type that a plan gives."""
 Q40_BITS = 4
 Q40_BLOCK = 32
 _LONGEST_CAUSE = 300
@@ -40,21 +51,34 @@ class TractExporter(Exporter):
         reason="float32 sums in another order: 2e-7 on one layer, 1e-6 on 12; an int4 one step off is 3e-5",
     )
 
+    def tolerance_for(self, plan: Plan) -> Tolerance:
+        """One step of the output where it is an integer; sums in another order are one at most."""
+        if plan.layout is None or not plan.needs_calibration:
+            return self.tolerance
+        reason = "a bias rounded to int32, or a product on the edge between two integers, moves it by one"
+        return Tolerance(relative=0.03, kl=2e-3, reason=reason, steps=1.0)
+
     def notes(self, plan: Plan) -> tuple[str, ...]:
         """Float activations, and how bits are stored."""
         schemes = [d.scheme for d in plan.quantized.values() if d.scheme]
+        static = [s for s in schemes if s.is_static and plan.layout is not None]
+        others = [s for s in schemes if s not in static]
         chosen = []
-        if any(s.activation != "none" for s in schemes):
+        if any(s.activation != "none" for s in others):
             chosen.append("activations in float32: no int8 range is applied; weights keep their integers")
-        if any(s.bits <= Q40_BITS for s in schemes):
+        if any(s.bits < 8 for s in static):
+            chosen.append("weights of layers with static activations take 8 bits each, whatever their width")
+        if any(s.bits <= Q40_BITS for s in others):
             chosen.append("up to 4 bits take 4.5 bits a weight (Q4_0)")
-        if any(Q40_BITS < s.bits <= 8 for s in schemes):
+        if any(Q40_BITS < s.bits <= 8 for s in others):
             chosen.append("5 to 8 bits take int8 in the file and float32 once loaded")
         return tuple(chosen)
 
     def refuse(self, decision: Decision) -> str | None:
-        """Only weights of up to 4 bits have limits, those of Q4_0."""
+        """Only weights of up to 4 bits have limits, those of Q4_0; with static activations, zero points."""
         scheme = decision.scheme
+        if scheme is not None and scheme.is_static:
+            return _refuse_static(scheme)
         if scheme is None or scheme.bits > Q40_BITS:
             return None
         if not scheme.symmetric:
@@ -70,19 +94,30 @@ class TractExporter(Exporter):
 
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
-    ) -> None:
-        """Trace, replace the weights by their integers and write the archive."""
+    ) -> Written:
+        """Trace, replace the weights by their integers, write the archive; ask tract what it multiplies."""
         with _contained():
             from qaware.exporters.tract_lowering import write_nnef
 
-            write_nnef(quantized, example, signature, path)
+            floating = write_nnef(quantized, example, signature, path)
+        static = [part for part in quantized.module.modules() if isinstance(part, IntegerLayer)]
+        counts = products(path) if static else None
+        if counts is None:
+            return Written()
+        summary = (
+            f"tract multiplies integers in {counts.get('I32', 0)} products, floats in {counts.get('F32', 0)}"
+        )
+        notes = [summary, *(f"{name} is multiplied in float: {why}" for name, why in floating.items())]
+        return Written(tuple(notes), {"products": counts})
 
     def reference(self, quantized: QuantizedModel) -> nn.Module:
-        """The same integers in float32 without rounded activations, as tract computes."""
+        """The converted model, but without rounding what enters a layer that tract computes in float32."""
         module = copy.deepcopy(quantized.module)
         for name in quantized.weights:
             layer = module.get_submodule(name)
-            layer.__class__ = nn.Linear if quantized.plan.layer(name).type == "Linear" else nn.Embedding
+            if isinstance(layer, IntegerLayer):
+                continue
+            layer.__class__ = PLAIN[quantized.plan.layer(name).type]
             if isinstance(layer.weight, IntxUnpackedToInt8Tensor):
                 layer.weight = nn.Parameter(_weight_only(layer.weight), requires_grad=False)
         return module.float().cpu()
@@ -111,6 +146,14 @@ class TractExporter(Exporter):
             return torch.from_numpy(np.array(outputs[0].to_numpy(), dtype=np.float32))
 
         return run
+
+
+def _refuse_static(scheme: Scheme) -> str | None:
+    if scheme.group_size:
+        return "layers with int8-static activations have one scale per channel in tract, no groups"
+    if not scheme.symmetric and not scheme.per_tensor:
+        return "zero points of weights with int8-static activations must be equal; use symmetric: true"
+    return None
 
 
 def root_cause(error: BaseException) -> str:

@@ -28,7 +28,10 @@ from torch_to_nnef import export_model_to_nnef
 from torch_to_nnef.inference_target.tract import TractNNEF
 
 from qaware.engines.base import QuantizedModel, QuantizedWeight
+from qaware.engines.static_integer import IntegerLayer
 from qaware.exporters.signature import Deployable, Signature
+from qaware.exporters.tract import PLAIN
+from qaware.exporters.tract_int8 import drop_round_trips, fence_concatenations, float_reason, multiply_floats
 from qaware.exporters.tract_storage import Stored, store_weights
 from qaware.exporters.tract_tracing import no_download, traceable
 
@@ -38,12 +41,16 @@ _TRACE_SIZES = (3, 5, 7, 11, 13)
 
 def write_nnef(
     quantized: QuantizedModel, example: Sequence[Tensor], signature: Signature, path: Path
-) -> None:
-    """Write the archive. ``quantized`` becomes a float model on the way.
+) -> dict[str, str]:
+    """Write the archive. ``quantized`` becomes a float model on the way, except for its integer products.
+
+    Returns:
+        Layers with static activations that tract multiplies in float, and why.
 
     Raises:
         QawareError: a scale is not exact in float16, or a weight is not in the graph as it is.
     """
+    floating = {name: why for name, layer in _static_layers(quantized) if (why := float_reason(layer))}
     layers = _use_float_weights(quantized)
     model = signature.wrap(_separate(quantized.module.float().cpu(), set())).eval()
     names = [re.sub(r"\W", "_", spec.name) for spec in signature.inputs]
@@ -65,6 +72,7 @@ def write_nnef(
         for name, content in target.files.items():
             (exported / name).write_bytes(content)
         _pack(exported, path)
+    return floating
 
 
 class _Target(TractNNEF):  # type: ignore[misc]
@@ -86,23 +94,39 @@ class _Target(TractNNEF):  # type: ignore[misc]
     def post_trace(self, nnef_graph: Graph, active_custom_extensions: list[str]) -> None:
         """Called by torch_to_nnef between building the graph and writing it."""
         super().post_trace(nnef_graph, active_custom_extensions)
+        drop_round_trips(nnef_graph)
+        fence_concatenations(nnef_graph)
         self.files = store_weights(nnef_graph, self.weights)
 
 
+def _static_layers(quantized: QuantizedModel) -> list[tuple[str, IntegerLayer]]:
+    static = {name for name, d in quantized.plan.quantized.items() if d.scheme and d.scheme.is_static}
+    modules = quantized.module.named_modules()
+    return [(name, m) for name, m in modules if name in static and isinstance(m, IntegerLayer)]
+
+
 def _use_float_weights(quantized: QuantizedModel) -> dict[int, tuple[str, QuantizedWeight]]:
-    """Turn every quantized layer into a plain one with its dequantized weight; ties stay ties.
+    """Turn every quantized layer that tract computes in float into a plain one with its dequantized weight;
+    ties stay ties.
 
     Returns:
         Layer name and integers, by the id of the new parameter.
     """
+    static = dict(_static_layers(quantized))
     parameters: dict[int, nn.Parameter] = {}
     layers: dict[int, tuple[str, QuantizedWeight]] = {}
     for name, weight in quantized.weights.items():
-        layer = quantized.module.get_submodule(name)
-        layer.__class__ = nn.Linear if quantized.plan.layer(name).type == "Linear" else nn.Embedding
+        layer: Any = quantized.module.get_submodule(name)
+        if name not in static:
+            layer.__class__ = PLAIN[quantized.plan.layer(name).type]
+        elif float_reason(layer) is None:
+            continue
+        else:
+            multiply_floats(layer)
         if id(weight) not in parameters:
             here = _on_cpu(weight)
-            parameters[id(weight)] = nn.Parameter(here.dequantize(), requires_grad=False)
+            value = here.dequantize().view(layer.weight.shape)
+            parameters[id(weight)] = nn.Parameter(value, requires_grad=False)
             layers[id(parameters[id(weight)])] = name, here
         layer.weight = parameters[id(weight)]
     return layers

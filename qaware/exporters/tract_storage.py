@@ -23,7 +23,7 @@ from qaware.errors import QawareError
 from qaware.exporters.tract import Q40_BITS, Q40_BLOCK
 from qaware.exporters.tract_unpack import fence, linear_of, unpack
 
-_READS_Q40 = ("linear", "unsqueeze", "tract_core_gather")
+_READS_Q40 = ("linear", "unsqueeze", "tract_core_gather", "conv")
 _MOVES_AXES = ("reshape", "transpose", "unsqueeze", "squeeze")
 
 
@@ -90,7 +90,7 @@ def _store(graph: Graph, op: Operation, stored: Stored) -> dict[str, bytes]:
         unpack(graph, op, stored.label, stored.weight)
         return {}
     _declare_q40(graph, op, stored.layer)
-    return {f"{stored.label}.dat": _q40(stored.layer, stored.weight)}
+    return {f"{stored.label}.dat": _q40(stored.layer, stored.weight, op.output.shape)}
 
 
 def _declare_q40(graph: Graph, op: Operation, layer: str) -> None:
@@ -113,17 +113,18 @@ def _is_concat(node: Node) -> bool:
     return node.producer is not None and node.producer.type in ("concat", "stack")
 
 
-def _q40(layer: str, weight: QuantizedWeight) -> bytes:
-    """The whole .dat file: a header of 128 bytes, then 18 bytes for each 32 weights."""
+def _q40(layer: str, weight: QuantizedWeight, shape: tuple[int, ...]) -> bytes:
+    """The whole .dat file: a header of 128 bytes with the weight's own shape, then 18 bytes for each 32
+    weights."""
     assert weight.scale is not None
-    rows, width = weight.data.shape
+    width = weight.data.shape[1]
     scale = _exact_float16(layer, weight)
     # Larger groups, or the one group of a channel, repeat their scale in each of their blocks.
     scale = scale.repeat_interleave(width // Q40_BLOCK // scale.shape[1], dim=1)
     integers = (weight.data.reshape(-1, 2, Q40_BLOCK // 2) + 8).to(torch.uint8)
     halves = integers[:, 0] | (integers[:, 1] << 4)
     blocks = torch.cat([scale.reshape(-1, 1).view(torch.uint8), halves], dim=1)
-    header = DatBinHeader.build_tract_qtensor(DatBinHeader.TractCustomTypes.Q40, (rows, width))
+    header = DatBinHeader.build_tract_qtensor(DatBinHeader.TractCustomTypes.Q40, tuple(shape))
     return bytes(header.to_bytes()) + blocks.numpy().tobytes()
 
 

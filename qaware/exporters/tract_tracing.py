@@ -40,16 +40,28 @@ def traceable() -> Iterator[None]:
 
 class _Spelled(TorchFunctionMode):
     """Spell out, while tracing, what torch_to_nnef 0.24 gets wrong: ``addmm``, which GPT-2 is made of
-    and which it cannot run, and an RMSNorm without epsilon, which it gives 1e-6 instead of torch's."""
+    and which it cannot run, an RMSNorm without epsilon, which it gives 1e-6 instead of torch's, and casts
+    that change nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for every function of torch."""
+        if _is_no_cast(func, args, kwargs):
+            return args[0]
         if func is torch.addmm and not kwargs:
             bias, left, right = args
             return left @ right + bias
         if func in (torch.rms_norm, F.rms_norm):
             args, kwargs = _rms_norm(*args, **(kwargs or {})), None
         return func(*args, **(kwargs or {}))
+
+
+def _is_no_cast(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a tensor is cast to the dtype that it has: the tracer would take its every later use, also
+    outside of the module, for one of the cast's result."""
+    if kwargs or func not in (Tensor.float, Tensor.to):
+        return False
+    wanted = (torch.float32,) if func is Tensor.float else args[1:]
+    return wanted == (args[0].dtype,)
 
 
 def _rms_norm(

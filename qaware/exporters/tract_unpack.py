@@ -35,7 +35,7 @@ def unpack(graph: Graph, variable: Operation, label: str, weight: QuantizedWeigh
         elif linear is not None and weight.data.numel() > FOLDED:
             _split(_Stored(Steps.before(linear), label, weight), reader, linear)
         else:
-            value = _Stored(Steps.before(reader), label, weight).float32(_all)
+            value = _Stored(Steps.before(reader), label, weight).float32(_all, shape=whole.shape[1:])
             reader.inputs = tuple(value if node is whole else node for node in reader.inputs)
     graph.remove_operation(variable, unlink=True)
 
@@ -120,13 +120,16 @@ class _Stored:
         step = max(1, FOLDED // self.width)
         return [(first, min(first + step, self.rows)) for first in range(0, self.rows, step)]
 
-    def float32(self, choose: Choice, lead: int = 1, output: Node | None = None) -> Node:
+    def float32(
+        self, choose: Choice, lead: int = 1, output: Node | None = None, shape: tuple[int, ...] = ()
+    ) -> Node:
         """``(integers - zero_point) * scale`` of the rows that ``choose`` takes, (..., width).
 
         Args:
             choose: (rows, blocks, any) to (some, blocks, any), or to (tokens..., blocks, any).
             lead: number of axes in front of the blocks.
             output: receives the result.
+            shape: of a row; (width,) where nothing is given.
         """
         value = self._cast(choose(self.integers))
         if self.zero_point is not None:
@@ -135,9 +138,10 @@ class _Stored:
         if self.scale is not None:
             inputs = [value, choose(self.scale)]
             value = self.steps.add("mul", inputs, self.steps.new(value.shape))
+        row = shape or (self.width,)
         if output is None:
-            output = self.steps.new((*value.shape[:lead], self.width))
-        return self.steps.add("reshape", [value], output, shape=[self.width], axis_start=lead, axis_count=2)
+            output = self.steps.new((*value.shape[:lead], *row))
+        return self.steps.add("reshape", [value], output, shape=list(row), axis_start=lead, axis_count=2)
 
     def _cast(self, node: Node) -> Node:
         return self.steps.add("tract_core_cast", [node], self.steps.new(node.shape), to="f32")

@@ -146,7 +146,7 @@ def test_every_layer_is_reported_in_one_error() -> None:
         "recipe 'r': up_proj: even: int3 channel is not for me; nearest legal: int4 channel, by the first "
         "rule {name: 'up_proj', scheme: {bits: 4}} | down_proj: even: int3 channel is not for me; nearest "
         "legal: int4 channel, by the first rule {name: 'down_proj', scheme: {bits: 4}}; legal as they are: "
-        "float16, int8-dynamic, int8-static, int8-weight-only"
+        "float16, int4-static, int8-dynamic, int8-static, int8-static-per-tensor, int8-weight-only"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import SIGNATURE, TinyLM, quantize, tokens
 from torch import nn
-from tract_tools import EXPORTER, INT4, NOISE, convert, distance, everywhere, make, tiny
+from tract_tools import EXPORTER, INT4, NOISE, RECIPES, convert, distance, everywhere, make, tiny
 
 from qaware.errors import QawareError, RuntimeDiedError
 from qaware.exporters.artifact import Artifact
@@ -17,11 +17,11 @@ from qaware.exporters.check import check
 from qaware.exporters.isolated import IsolatedRunner
 from qaware.exporters.signature import Signature, TensorSpec
 from qaware.parity import compare
-from qaware.recipe import Recipe, recipe_names
+from qaware.recipe import Recipe
 
 
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_computes_what_its_integers_say(recipe: str, tie: bool) -> None:
     made = tiny(recipe, tie)
     parity = distance(made, *[(tokens(n, n),) for n in (1, 2, 17, 64)])
@@ -98,7 +98,7 @@ def test_refuses_a_width_that_fills_no_block() -> None:
     assert problems[0].nearest.bits == 5
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", RECIPES)
 def test_accepts_every_named_recipe(name: str) -> None:
     assert check(Recipe.load(name).match(TinyLM()), [EXPORTER]) == []
 

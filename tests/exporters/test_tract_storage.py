@@ -9,18 +9,28 @@ import pytest
 import torch
 from tiny import SIGNATURE, TinyLM, tokens
 from torch import Tensor, nn
-from tract_tools import EXPORTER, INT4, NOISE, convert, distance, everywhere, make, same_integers, tiny
+from tract_tools import (
+    EXPORTER,
+    INT4,
+    NOISE,
+    RECIPES,
+    convert,
+    distance,
+    everywhere,
+    make,
+    same_integers,
+    tiny,
+)
 
 from qaware.engines.base import float_bytes
 from qaware.errors import QawareError
 from qaware.exporters.isolated import IsolatedRunner
 from qaware.exporters.signature import Signature, TensorSpec
 from qaware.parity import compare
-from qaware.recipe import recipe_names
 
 
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_file_holds_the_integers_of_the_engine(recipe: str, tie: bool) -> None:
     made = tiny(recipe, tie)
     for name, weight in made.quantized.weights.items():

@@ -1,0 +1,182 @@
+"""Integer networks on the three runtimes: the same integers, and kernels that multiply integers."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from qaware.engines.base import QuantizedModel
+from qaware.engines.static_integer import IntegerLayer
+from qaware.errors import QawareError
+from qaware.exporters import get_exporter
+from qaware.exporters.artifact import Artifact
+from qaware.exporters.base import Runner
+from qaware.exporters.check import check
+from qaware.recipe import Recipe
+
+sys.path.insert(0, str(Path(__file__).parent))
+from static_net import SIGNATURE, StaticNet, images, static_net, steps
+
+RUNTIMES = ("executorch", "aoti", "tract")
+LAYERS = 6
+
+
+class Made(NamedTuple):
+    quantized: QuantizedModel
+    artifact: Artifact
+    run: Runner
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
+    """One file for each runtime and granularity."""
+    folder = tmp_path_factory.mktemp("static")
+    cache: dict[tuple[str, bool], Made] = {}
+
+    def get(runtime: str, per_tensor: bool = False) -> Made:
+        exporter = get_exporter(runtime)
+        if exporter.missing():
+            pytest.skip(str(exporter.missing()))
+        if (runtime, per_tensor) not in cache:
+            quantized = static_net(per_tensor, bits=8)
+            path = folder / f"{per_tensor}{exporter.suffix}"
+            artifact = exporter.export(quantized, (images(1),), SIGNATURE, path)
+            cache[runtime, per_tensor] = Made(quantized, artifact, exporter.open(path, SIGNATURE))
+        return cache[runtime, per_tensor]
+
+    return get
+
+
+CASES = [("executorch", False), ("aoti", False), ("tract", False), ("tract", True)]
+
+
+@pytest.mark.parametrize(("runtime", "per_tensor"), CASES)
+def test_every_batch_size_gives_the_integers_of_the_converted_model(
+    exported: Callable[..., Made], runtime: str, per_tensor: bool
+) -> None:
+    made = exported(runtime, per_tensor)
+    largest, share = steps(made.run, made.quantized)
+    assert largest <= 1  # a float32 product on the edge between two integers
+    assert share < 0.01
+    assert get_exporter(runtime).tolerance_for(made.quantized.plan).steps == 1
+
+
+def test_a_wrong_scale_is_more_than_a_step(exported: Callable[..., Made]) -> None:
+    made = exported("tract")
+    wrong = copy.deepcopy(made.quantized)
+    wrong.module.fc.weight_scale *= 1.5
+    assert steps(made.run, wrong)[0] > 1
+
+
+def test_xnnpack_takes_all_layers(exported: Callable[..., Made]) -> None:
+    artifact = Artifact.open(exported("executorch").artifact.path)
+    found = artifact.details["delegation"]
+    assert found["int8_layers"] == found["layers"] == LAYERS
+    assert found["int8_weights"] == found["weights"]
+    assert {"convolution": 5, "linear": 1, "add": 1, "cat": 1, "max_pool2d": 1}.items() <= found[
+        "delegated"
+    ].items()
+    assert set(found["portable"]) <= {"view_copy"}
+    assert artifact.notes[0].startswith(f"XNNPACK runs {LAYERS} of {LAYERS} layers in int8, 100.0% of the")
+
+
+def test_onednn_takes_all_layers(exported: Callable[..., Made]) -> None:
+    artifact = Artifact.open(exported("aoti").artifact.path)
+    assert artifact.details["kernels"]["int8"] == {"qconv": 5, "qlinear": 1}
+    assert artifact.details["kernels"]["floating"] == {}
+    assert artifact.notes[0].startswith(f"{LAYERS} of {LAYERS} layers with static activations are int8")
+    assert not any("expanded" in note for note in artifact.notes)
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_tract_multiplies_integers_only(exported: Callable[..., Made], per_tensor: bool) -> None:
+    artifact = Artifact.open(exported("tract", per_tensor).artifact.path)
+    assert set(artifact.details["products"]) == {"I32"}
+    assert artifact.details["products"]["I32"] >= LAYERS
+    assert artifact.notes[0].endswith("floats in 0")
+    assert not any("float32" in note for note in artifact.notes)
+
+
+def test_tract_is_compared_with_the_converted_model_itself(exported: Callable[..., Made]) -> None:
+    made = exported("tract")
+    reference = get_exporter("tract").reference(made.quantized)
+    assert torch.equal(reference(images(3)), made.quantized.module(images(3)))
+    assert sum(isinstance(m, IntegerLayer) for m in reference.modules()) == LAYERS
+
+
+def test_static_layers_leave_inductor_as_it_was(exported: Callable[..., Made]) -> None:
+    from torch._inductor import config, constant_folding
+
+    exported("aoti")
+    assert config.pre_grad_custom_pass is None
+    assert constant_folding._dont_constant_fold == []
+    assert config.freezing is False
+
+
+@pytest.mark.parametrize(
+    ("runtime", "scheme", "why", "nearest"),
+    [
+        ("executorch", {"bits": 8}, "weight-only int8 convolutions lose", "int8 channel + int8-static"),
+        ("executorch", {"bits": 8, "activation": "int8-static", "symmetric": False}, "zero points", "static"),
+        ("executorch", {"bits": 8, "activation": "int8-static", "group_size": 9}, "no groups", "static"),
+        ("aoti", {"bits": 8, "activation": "int8-static", "symmetric": False}, "zero points", "static"),
+        ("aoti", {"bits": 8, "activation": "int8-static", "group_size": 9}, "no groups", "static"),
+        ("tract", {"bits": 8, "activation": "int8-static", "symmetric": False}, "zero points", "static"),
+        ("tract", {"bits": 8, "activation": "int8-dynamic"}, "which a convolution has not", "static"),
+        ("aoti", {"bits": 16}, "bits: 16 is for Linear and Embedding", "int8"),
+    ],
+)
+def test_refuses_what_would_be_wrong(runtime: str, scheme: dict, why: str, nearest: str) -> None:
+    plan = Recipe.load({"rules": [{"name": "block.first", "scheme": scheme}]}).match(StaticNet())
+    (problem,) = check(plan, [get_exporter(runtime)])
+    assert why in problem.message
+    assert problem.nearest is not None
+    assert nearest in problem.nearest.label
+
+
+def test_the_nearest_scheme_keeps_observer_and_granularity() -> None:
+    scheme = {
+        "bits": 8,
+        "activation": "int8-static",
+        "symmetric": False,
+        "per_tensor": True,
+        "observer": "mse",
+    }
+    plan = Recipe.load({"rules": [{"name": "stem", "scheme": scheme}]}).match(StaticNet())
+    (problem,) = check(plan, [get_exporter("aoti")])
+    assert problem.nearest is not None
+    assert problem.nearest.to_dict() == {k: v for k, v in scheme.items() if k != "symmetric"}
+
+
+def test_a_layer_of_the_modules_engine_is_refused_by_name(tmp_path: Path) -> None:
+    from tiny import SIGNATURE as LM
+    from tiny import quantize, tokens
+
+    exporter = get_exporter("executorch")
+    if exporter.missing():
+        pytest.skip(str(exporter.missing()))
+    recipe = {"rules": [{"name": "attn_out", "scheme": {"bits": 8, "activation": "int8-static"}}]}
+    with pytest.raises(QawareError, match="attn_out: XNNPACK's int8 layers need an integer output"):
+        exporter.export(quantize(recipe), (tokens(3),), LM, tmp_path / "m.pte")
+
+
+def test_padding_that_kernels_do_not_know_is_done_before_them(tmp_path: Path) -> None:
+    """Reflection in float, then an integer product, where tract has one; else a float product, listed."""
+    exporter = get_exporter("tract")
+    if exporter.missing():
+        pytest.skip(str(exporter.missing()))
+    quantized = static_net()
+    stem: nn.Conv2d = quantized.module.stem
+    stem.padding_mode = "reflect"
+    path = tmp_path / "reflect.nnef.tgz"
+    artifact = exporter.export(quantized, (images(1),), SIGNATURE, path)
+    assert "stem is multiplied in float: its padding_mode is 'reflect'" in artifact.notes
+    assert artifact.details["products"]["F32"] == 1
+    assert steps(exporter.open(path, SIGNATURE), quantized)[0] <= 1
