@@ -34,6 +34,8 @@ _BLOCK = 32
 """XNNPACK's int4 kernels read groups in multiples of this (``_check_per_channel_group_params``)."""
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, torch.fx.GraphModule)
 """What a graph holds is not known by its modules."""
+_GUARDED = 16
+"""The batch size at which torch's choice of a convolution changes (``use_mkldnn`` in Convolution.cpp)."""
 _EMBEDDING_BITS = (2, 4, 8)
 """Kernels ``quantized_decomposed::embedding_{2bit,4bit,byte}`` of the runtime."""
 
@@ -251,13 +253,18 @@ def _refuse_rounded_inputs(module: nn.Module) -> None:
 def _dynamic_shapes(signature: Signature) -> tuple[tuple[dict[int, Any], ...]]:
     """One mapping an input, inside the tuple that stands for ``*tensors``."""
     dims = {
-        name: torch.export.Dim(name, min=low, max=high)
+        name: torch.export.Dim(name, min=low, max=_traced(high))
         for name, (low, high) in signature.symbols.items()
         if low < high
     }
     return (
         tuple({i: dims[size] for i, size in enumerate(s.shape) if size in dims} for s in signature.inputs),
     )
+
+
+def _traced(high: int) -> int:
+    """The largest size to trace: a convolution's guard, "16 or more", leaves nothing of "16 or less" to vary."""
+    return high + 1 if high == _GUARDED else high
 
 
 def _traceable(example: tuple[Tensor, ...], signature: Signature, module: nn.Module) -> tuple[Tensor, ...]:
@@ -268,7 +275,7 @@ def _traceable(example: tuple[Tensor, ...], signature: Signature, module: nn.Mod
     for tensor, spec in zip(example, signature.inputs, strict=True):
         for axis, size in enumerate(spec.shape):
             if isinstance(size, str):
-                high = signature.symbols[size][1]
+                high = _traced(signature.symbols[size][1])
                 length = high if convolves else max(tensor.shape[axis], min(2, high))
                 index = torch.arange(length, device=tensor.device) % tensor.shape[axis]
                 tensor = tensor.index_select(axis, index)
@@ -279,11 +286,10 @@ def _traceable(example: tuple[Tensor, ...], signature: Signature, module: nn.Mod
 def _require_sizes(program: Any, lowered: Any) -> None:
     """Memory is planned for the largest sizes, which operators may have limited while they were lowered."""
     for symbol, wanted in program.range_constraints.items():
-        found = lowered.range_constraints.get(symbol, wanted)
-        if found.upper < wanted.upper:
-            raise QawareError(
-                f"executorch: a dynamic axis of up to {wanted.upper} was limited to {found.upper}"
-            )
+        found = lowered.range_constraints.get(symbol)
+        if found is None or found.lower == found.upper or found.upper < wanted.upper:
+            limit = "one size" if found is None or found.lower == found.upper else str(found.upper)
+            raise QawareError(f"executorch: a dynamic axis of up to {wanted.upper} was limited to {limit}")
 
 
 @contextlib.contextmanager

@@ -218,7 +218,7 @@ def _round_behind(graph: Graph, node: Any, grid: tuple[Any, ...]) -> None:
         reader.replace_input_with(node, values)
 
 
-def _round_before(graph: Graph, reader: Node, node: Any, grid: tuple[Any, ...]) -> Node:
+def _round_before(graph: Graph, reader: Node, node: Any, grid: tuple[Any, ...]) -> Any:
     if _grid(node) == grid:
         return node
     with graph.inserting_before(reader):

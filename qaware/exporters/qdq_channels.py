@@ -27,8 +27,9 @@ def widen_channels(module: GraphModule) -> None:
     """
     for node in list(module.graph.nodes):
         axes = _CONVOLUTIONS.get(node.target)
-        if axes is not None and _is_single(node) and _is_rounded(node.args[0]):
+        if axes is not None and _is_rounded(node.args[0]) and _is_single(node):
             _widen(module, node, [0, 0] * axes + [0, 1])
+    module.graph.eliminate_dead_code()
     module.recompile()
 
 

@@ -196,7 +196,6 @@ class _LinearExtractor(ModuleInfoExtractor):  # type: ignore[misc]
 
 
 class _ConvExtractor(ModuleInfoExtractor):  # type: ignore[misc]
-
     def convert_to_nnef(self, g: Graph, node: Any, name_to_tensor: Any, **_: Any) -> list[str]:
         layer, emitter = node.op_ref, _Emitter(g, node, name_to_tensor)
         inputs = (emitter.input(layer.input_grid), emitter.weight(layer), emitter.bias(layer))

@@ -19,6 +19,7 @@ from qaware.exporters import get_exporter
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.base import Runner
 from qaware.exporters.check import check
+from qaware.exporters.signature import Signature, TensorSpec
 from qaware.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -180,3 +181,71 @@ def test_padding_that_kernels_do_not_know_is_done_before_them(tmp_path: Path) ->
     assert "stem is multiplied in float: its padding_mode is 'reflect'" in artifact.notes
     assert artifact.details["products"]["F32"] == 1
     assert steps(exporter.open(path, SIGNATURE), quantized)[0] <= 1
+
+
+class Mixed(nn.Module):
+    """One input channel, which onednn gets wrong by itself, then layers of three kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 8, 3)
+        self.wide = nn.Conv2d(8, 32, 2)
+        self.head = nn.Linear(32, 256)
+        self.last = nn.Linear(256, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.wide(torch.relu(self.conv(x))))
+        return self.last(torch.relu(self.head(x.mean((2, 3)))))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> QuantizedModel:
+    """Static, weight-only and dynamic layers in one model."""
+    from qaware.engines.eager import EagerEngine
+    from qaware.engines.example import Example
+    from qaware.observers import observers
+
+    torch.manual_seed(0)
+    int4 = {"bits": 4, "group_size": 32, "scale_dtype": "bfloat16"}
+    rules = [
+        {"name": "conv", "scheme": {"bits": 8, "activation": "int8-static"}},
+        {"name": "wide", "scheme": int4},
+        {"name": "head", "scheme": int4},
+        {"name": "last", "scheme": {"bits": 8, "activation": "int8-static"}},
+    ]
+    model, engine = Mixed().eval(), EagerEngine()
+    plan = engine.lay_out(model, Recipe.load({"rules": rules}).match(model), Example((digits(4),)))
+    engine.prepare(model, plan)
+    for observing in (True, False):
+        for observer in observers(model):
+            observer.observing = observing
+        model(digits(4))
+    return engine.convert(model, plan)
+
+
+def digits(batch: int) -> torch.Tensor:
+    return torch.rand(batch, 1, 8, 8, generator=torch.Generator().manual_seed(batch))
+
+
+@pytest.mark.parametrize("runtime", ["aoti", "tract"])
+def test_layers_of_other_kinds_keep_their_integers(
+    mixed: QuantizedModel, runtime: str, tmp_path: Path
+) -> None:
+    exporter = get_exporter(runtime)
+    if exporter.missing():
+        pytest.skip(str(exporter.missing()))
+    signature = Signature((TensorSpec("x", "float32", ("n", 1, 8, 8)),), {"n": (1, 8)})
+    path = tmp_path / f"mixed{exporter.suffix}"
+    artifact = exporter.export(mixed, (digits(2),), signature, path)
+    run = exporter.open(path, signature)
+    for batch in (1, 3, 8):
+        difference = (run(digits(batch)) - mixed.module(digits(batch))).abs()
+        assert float(difference.max()) <= 1.01 * mixed.outputs["last"].scale
+    if runtime == "aoti":
+        found = artifact.details["kernels"]
+        assert found["int8"] == {"qconv": 1, "qlinear": 1}
+        # Half a byte for each weight of the others, whose floats would be 36,864 bytes.
+        assert found["constants"]["uint8"] >= mixed.weights["head"].data.numel() / 2
+        assert found["constants"]["float32"] < 4096
+    else:
+        assert artifact.details["products"]["F32"] == 2
