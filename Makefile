@@ -1,14 +1,17 @@
-# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# Everything on a fresh machine: `make quickstart`, `make digits` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart digits test check clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
 	$(BIN)/qaware run experiments/quickstart.yaml
+
+digits: $(STAMP)
+	$(BIN)/qaware run experiments/digits.yaml
 
 test: check
 	$(BIN)/pytest

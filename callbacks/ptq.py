@@ -176,7 +176,7 @@ class PostTrainingQuantization(QuantizationCallback):
         datamodule = getattr(trainer, "datamodule", None)
         if trainer.state.fn == "validate" and datamodule and is_overridden("train_dataloader", datamodule):
             datamodule.setup("fit")  # Lightning set up the validation part only
-        if hasattr(datamodule, "calibration_dataloader"):  # training data without its augmentation
+        if datamodule is not None and hasattr(datamodule, "calibration_dataloader"):  # without augmentation
             return datamodule.calibration_dataloader()
         loader = raw_loader(trainer, "train")
         if loader is not None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from qaware.engines.base import QuantizedModel
     from qaware.errors import ParityError, QawareError, RuntimeDiedError
+    from qaware.layers import LayerReport, layer_report
     from qaware.plan import Decision, Plan
     from qaware.recipe import Recipe, Rule, recipe_names
     from qaware.scheme import Scheme
@@ -32,6 +33,7 @@ quiet.install()
 
 _HOME = {
     "Decision": "qaware.plan",
+    "LayerReport": "qaware.layers",
     "ParityError": "qaware.errors",
     "Plan": "qaware.plan",
     "PostTrainingQuantization": "qaware.callbacks",
@@ -43,6 +45,7 @@ _HOME = {
     "RuntimeDiedError": "qaware.errors",
     "Scheme": "qaware.scheme",
     "convert": "qaware.callbacks.prepared",
+    "layer_report": "qaware.layers",
     "load_from_checkpoint": "qaware.callbacks.prepared",
     "load_quantized": "qaware.storage",
     "prepare": "qaware.callbacks.prepared",
@@ -52,6 +55,7 @@ _HOME = {
 
 __all__ = [
     "Decision",
+    "LayerReport",
     "ParityError",
     "Plan",
     "PostTrainingQuantization",
@@ -63,6 +67,7 @@ __all__ = [
     "RuntimeDiedError",
     "Scheme",
     "convert",
+    "layer_report",
     "load_from_checkpoint",
     "load_quantized",
     "prepare",

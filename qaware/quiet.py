@@ -22,6 +22,8 @@ _WARNED = (
     # Lightning's advice for loaders; the corpora here are in memory, where workers cost more.
     r".*does not have many workers which may be a bottleneck.*",
     r".*LeafSpec.* is deprecated.*",
+    # Inductor's lowering of integer linear layers, about a line of its own.
+    r"To copy construct from a tensor, it is recommended to use sourceTensor",
 )
 
 

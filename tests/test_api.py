@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchao.quantization import IntxUnpackedToInt8Tensor
 
 import qaware
 from qaware import QawareError

@@ -263,7 +263,7 @@ def _dynamic_shapes(signature: Signature) -> tuple[tuple[dict[int, Any], ...]]:
 
 
 def _traced(high: int) -> int:
-    """The largest size to trace: a convolution's guard, "16 or more", leaves nothing of "16 or less" to vary."""
+    """The largest size to trace: a convolution's guard, "16 or more", leaves of "16 or less" no choice."""
     return high + 1 if high == _GUARDED else high
 
 

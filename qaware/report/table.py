@@ -48,6 +48,11 @@ def _recovered(row: Row) -> str:
     return "n.s." if "ptq_loss_nats" in row else ""
 
 
+def _steps(parity: Row) -> str:
+    steps = parity.get("steps")
+    return "" if steps is None else f"{steps:.0f}"
+
+
 def size_text(count: float) -> str:
     """Bytes with a decimal unit, e.g. ``1.25 MB``."""
     for unit in ("B", "kB", "MB"):
@@ -72,6 +77,7 @@ COLUMNS = (
     Column("bits/byte", _number("bits_per_byte", ".3f")),
     Column("size", lambda row: size_text(row["bytes"]) if row["bytes"] else "", always=True),
     Column("parity", lambda row: format(row["parity"]["relative"], ".0e") if row.get("parity") else ""),
+    Column("steps", lambda row: _steps(row.get("parity") or {})),
 )
 
 FOOTNOTES = {
@@ -91,6 +97,7 @@ FOOTNOTES = {
     "parity": (
         "parity: mean absolute difference from the converted model over the standard deviation of its output"
     ),
+    "steps": "steps: the largest difference from the converted model, in quantization steps of its output",
 }
 
 

@@ -249,3 +249,18 @@ def test_layers_of_other_kinds_keep_their_integers(
         assert found["constants"]["float32"] < 4096
     else:
         assert artifact.details["products"]["F32"] == 2
+
+
+def test_a_largest_batch_of_16_stays_dynamic(tmp_path: Path) -> None:
+    """torch guards convolutions by whether their batch is below 16."""
+    exporter = get_exporter("executorch")
+    if exporter.missing():
+        pytest.skip(str(exporter.missing()))
+    quantized = static_net()
+    signature = Signature(SIGNATURE.inputs, {"batch": (1, 16)})
+    path = tmp_path / "sixteen.pte"
+    exporter.export(quantized, (images(2),), signature, path)
+    run = exporter.open(path, signature)
+    for batch in (1, 5, 16):
+        difference = (run(images(batch)) - quantized.module(images(batch))).abs()
+        assert float(difference.max()) <= 1.01 * quantized.outputs["fc"].scale
