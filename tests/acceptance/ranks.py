@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -78,6 +79,19 @@ def train(world: int, folder: Path) -> dict[str, Any]:
         "weights": [p.double().sum().item() for p in model.parameters()],
         "stages": {stage: score.nats for stage, score in callback.result.scores.items()},
         "artifacts": list(callback.result.artifacts),
+    }
+
+
+def folded(world: int, folder: Path) -> dict[str, Any]:
+    """QAT with a batch norm that is folded, on data that gives each rank other statistics."""
+    model, callback = make(Classifier), qat(STATIC, target="net")
+    trainer(callback, **strategy(world)).fit(model, skewed(world), images(9))
+    assert callback.result is not None
+    shipped = callback.result.model
+    return {
+        "norms": [name for name, module in shipped.module.named_modules() if isinstance(module, nn.Identity)],
+        "integers": {name: weight.data.long().sum().item() for name, weight in shipped.weights.items()},
+        "biases": [p.double().sum().item() for n, p in shipped.module.named_parameters() if "bias" in n],
     }
 
 
@@ -173,7 +187,7 @@ def _fsdp(saved: str) -> dict[str, Any]:
     return {"devices": 2, "strategy": plan}
 
 
-JOBS = {f.__name__: f for f in (train, score, score_shares, calibrate, replicate)}
+JOBS = {f.__name__: f for f in (train, folded, score, score_shares, calibrate, replicate)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

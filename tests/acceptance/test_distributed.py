@@ -50,6 +50,12 @@ def test_case_21_ranges_are_those_of_all_ranks(two: Results, folder: Path) -> No
     assert first[0][1] > 2 * rank_0_only
 
 
+def test_a_folded_batch_norm_ships_the_same_on_every_rank(two: Results) -> None:
+    """Each rank's running statistics are its own after the last step, and the integers are made of them."""
+    assert two[0]["folded"] == two[1]["folded"]
+    assert two[0]["folded"]["norms"] == ["1"]
+
+
 def test_ranks_keep_the_same_weights_and_train_like_one_process(two: Results, folder: Path) -> None:
     assert two[0]["train"]["weights"] == two[1]["train"]["weights"]
     pairs = zip(*(result["replicate"]["losses"] for result in two), strict=True)

@@ -87,7 +87,12 @@ def test_footnotes_explain_the_shown_columns_only() -> None:
     assert footnotes(["model", "nats"]) == []
     assert footnotes(["d-nats", "parity"]) == [FOOTNOTES["d-nats"], FOOTNOTES["parity"]]
     everything = row(
-        d_accuracy=0.1, d_nats=1.0, ptq_loss_nats=1.0, kl=1.0, sqnr=9.0, parity={"relative": 1.0}
+        d_accuracy=0.1,
+        d_nats=1.0,
+        ptq_loss_nats=1.0,
+        kl=1.0,
+        sqnr=9.0,
+        parity={"relative": 1.0, "steps": 1.0},
     )
     assert footnotes(cells([everything])[0]) == list(FOOTNOTES.values())
 
