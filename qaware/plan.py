@@ -158,7 +158,7 @@ def _laid(decision: Decision, layout: Layout) -> Decision:
     if into is not None:
         why = f"{FOLDED} {into}"
         return dataclasses.replace(decision, scheme=None, problem=None, reason=why, dropped=why)
-    unlaid = layout.engine == "eager" and layout.layer(decision.module) is None
+    unlaid = layout.layer(decision.module) is None
     if unlaid and decision.scheme is not None and decision.scheme.is_static:
         why = "stays float: left out when the model was laid out"
         return dataclasses.replace(decision, scheme=None, problem=None, reason=why)

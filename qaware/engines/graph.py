@@ -50,7 +50,7 @@ class GraphEngine:
         laid_out = dataclasses.replace(plan, layout=Layout(self.name, graph=data))
         made = make_graph(model, laid_out)
         kept = _without_float(laid_out, made)
-        return dataclasses.replace(kept, layout=Layout(self.name, layer_sites(made), graph=data))
+        return kept.with_layout(Layout(self.name, layer_sites(made), graph=data))
 
     def prepare(self, model: nn.Module, plan: Plan) -> nn.Module:
         """Make the forward of ``model`` a graph with fake-quantizers, in place; no example is needed.

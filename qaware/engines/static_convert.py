@@ -24,7 +24,7 @@ def choose_integers(name: str, module: FakeQuantizedLayer, decision: Decision, r
     with torch.no_grad():
         weight, bias = module.folded()
         result.weights[name] = _integers(module, weight.flatten(1), decision.scheme)
-    return bias
+        return module.rounded_bias(bias)
 
 
 def _integers(module: FakeQuantizedLayer, weight: Tensor, scheme: Scheme) -> QuantizedWeight:

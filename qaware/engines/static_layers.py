@@ -22,6 +22,18 @@ from qaware.scheme import Scheme
 _SMALLEST_FACTOR = 1e-12
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The second argument, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
 class FakeQuantizedLayer(nn.Module):
     """The part that convolutions and linear layers share."""
 
@@ -75,6 +87,17 @@ class FakeQuantizedLayer(nn.Module):
         rows: Tensor = self.weight_fake_quantizer(weight.flatten(1))
         return rows.view(weight.shape)
 
+    def rounded_bias(self, bias: Tensor | None) -> Tensor | None:
+        """``bias`` (rows,) in whole units of the products, input scale times weight scale, as integer kernels
+        add it. Called after :meth:`rounded`, which finds the weight's scale."""
+        quantizer = self.activation_fake_quantizer or (self.source[0] if self.source else None)
+        rounding = quantizer is not None and quantizer.enabled and quantizer.observer.seen
+        if bias is None or quantizer is None or not rounding or not self.weight_fake_quantizer.enabled:
+            return bias
+        unit = quantizer.qparams()[0].double() * self.weight_fake_quantizer.scale.detach().flatten().double()
+        steps = (bias.detach().double() / unit).round().clamp(-(2**31), 2**31 - 1)
+        return _StraightThrough.apply(bias, (steps * unit).float())  # type: ignore[no-any-return]
+
     def _compute(self, x: Tensor) -> Tensor:
         norm = self.norm[0] if self.norm else None
         if norm is not None and not self.weight_fake_quantizer.enabled:
@@ -84,7 +107,8 @@ class FakeQuantizedLayer(nn.Module):
         if norm is not None and norm.training:
             return self._with_batch_statistics(x, norm)
         weight, bias = self.folded()
-        return self.product(x, self.rounded(weight), bias)
+        weight = self.rounded(weight)
+        return self.product(x, weight, self.rounded_bias(bias))
 
     def _with_batch_statistics(self, x: Tensor, norm: Any) -> Tensor:
         factor = self._factor()

@@ -251,3 +251,16 @@ def test_convert_needs_prepare_and_data() -> None:
         converted(ready, plan)
     with pytest.raises(QawareError, match="needs the layout of an example batch"):
         EagerEngine().prepare(model, recipe({"name": "*", "scheme": STATIC}).match(model))
+
+
+def test_biases_ship_as_whole_numbers_of_products() -> None:
+    model = residual()
+    plan = laid_out(model, X)
+    quantized = converted(prepared(model, plan, X), plan)
+    for name, weight in quantized.weights.items():
+        layer: Any = quantized.module.get_submodule(name)
+        assert weight.scale is not None
+        unit = weight.scale.flatten().double() * quantized.activations[name].scale
+        units = layer.bias.double() / unit
+        torch.testing.assert_close(units, units.round(), rtol=0, atol=1e-2)
+        assert units.abs().max() > 1
