@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from qaware.copying import deep_copy
 from qaware.engines.base import QuantizedModel, QuantizedWeight
 from qaware.engines.fake_quant import set_fake_quant
-from qaware.engines.operations import add_operation, add_scope
+from qaware.engines.operations import activate, add_operation, add_scope
 from qaware.layout import LayerSite, Layout
 from qaware.taps import Clipping, Taps
 
@@ -225,4 +225,6 @@ def _output_sqnr(
     if not expected or not got or [t.shape for t in expected] != [t.shape for t in got]:
         return None
     reference = torch.cat(expected)
-    return sqnr(reference.relu() if site is not None and site.relu else reference, torch.cat(got))
+    if site is not None:
+        reference = activate(reference, site.relu, site.ceiling)
+    return sqnr(reference, torch.cat(got))

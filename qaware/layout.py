@@ -26,6 +26,8 @@ class LayerSite:
     source: str | None = None
     """The site whose output enters here, perhaps reshaped or pooled; None: the layer rounds its input itself
     (a QuantStub, in PyTorch's words)."""
+    ceiling: float | None = None
+    """Where the ReLU ends at the top: 6 for ReLU6."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class OperationSite:
     index: int
     """Which of the calls of this kind in one forward pass of the owner, from 0."""
     relu: bool = False
+    ceiling: float | None = None
 
     @property
     def name(self) -> str:

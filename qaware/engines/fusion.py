@@ -74,8 +74,6 @@ class _Finder:
     flow: Dataflow
     static: set[str]
     fused: dict[str, LayerSite] = field(default_factory=dict)
-    relus: dict[int, bool] = field(default_factory=dict)
-    """Of a function's call, by its position: whether a ReLU is fused to it."""
     passing: dict[int, int] = field(default_factory=dict)
     """Output of a fused norm or ReLU, and the tensor that it makes no different any more."""
 
@@ -93,7 +91,8 @@ class _Finder:
         if after is not None and self._folds(call, after):
             norm, self.passing[after.outputs[0]] = after.name, value
             value = after.outputs[0]
-        return LayerSite(call.name, norm, self._takes_relu(value))
+        relu, ceiling = self._takes_relu(value)
+        return LayerSite(call.name, norm, relu, ceiling=ceiling)
 
     def _only_consumer(self, value: int) -> Call | None:
         consumers = self.flow.consumers(value)
@@ -109,12 +108,13 @@ class _Finder:
             and len(self.flow.of(after.name)) == 1
         )
 
-    def _takes_relu(self, value: int) -> bool:
+    def _takes_relu(self, value: int) -> tuple[bool, float | None]:
+        """Whether a ReLU alone takes a result, and where it ends at the top."""
         after = self._only_consumer(value)
-        if after is None or not _is_relu(after):
-            return False
+        if after is None or not (_is_relu(after) or _is_relu6(after)):
+            return False, None
         self.passing[after.outputs[0]] = value
-        return True
+        return True, 6.0 if _is_relu6(after) else None
 
     def _propagate(self) -> Layout:
         """Follow each site's integers to the layers that they enter."""
@@ -133,7 +133,8 @@ class _Finder:
                 site = OperationSite(call.owner, kind, counts[call.owner, kind])
                 counts[call.owner, kind] += 1
                 if any(value in grids for value in call.inputs):
-                    found.append(replace(site, relu=self._takes_relu(call.outputs[0])))
+                    relu, ceiling = self._takes_relu(call.outputs[0])
+                    found.append(replace(site, relu=relu, ceiling=ceiling))
                     made = site.name
             elif call.outputs and (call.outputs[0] in self.passing or _moves(call)):
                 made = entering
@@ -153,6 +154,10 @@ class _Finder:
 
 def _is_relu(call: Call) -> bool:
     return type(call.module) is nn.ReLU if call.module is not None else _leaf_name(call) in _RELU
+
+
+def _is_relu6(call: Call) -> bool:
+    return type(call.module) is nn.ReLU6 if call.module is not None else _leaf_name(call) == "relu6"
 
 
 def _moves(call: Call) -> bool:

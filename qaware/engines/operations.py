@@ -35,17 +35,25 @@ def kind_of(function: Any, args: Any) -> str | None:
     return kind if len(tensors) > 1 and all(t.is_floating_point() for t in tensors) else None
 
 
+def activate(x: Tensor, relu: bool, ceiling: float | None) -> Tensor:
+    """The activation function that is fused to a site: none, ReLU, or a ReLU that ends at ``ceiling``."""
+    if not relu:
+        return x
+    return torch.relu(x) if ceiling is None else torch.clamp(x, 0.0, ceiling)
+
+
 class Operation(nn.Module):
     """What happens to one result: an activation function, then rounding."""
 
-    def __init__(self, quantizer: nn.Module, relu: bool) -> None:
+    def __init__(self, quantizer: nn.Module, relu: bool, ceiling: float | None) -> None:
         super().__init__()
         self.quantizer = quantizer
         self.relu = relu
+        self.ceiling = ceiling
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
-        rounded: Tensor = self.quantizer(torch.relu(x) if self.relu else x)
+        rounded: Tensor = self.quantizer(activate(x, self.relu, self.ceiling))
         return rounded
 
 
@@ -66,7 +74,7 @@ class Scoped(nn.Module):
 def add_operation(owner: nn.Module, site: OperationSite, quantizer: nn.Module) -> None:
     """Round one result in ``owner``, in place; ``quantizer`` takes and gives a tensor."""
     add_scope(owner)
-    operation = Operation(quantizer, site.relu)
+    operation = Operation(quantizer, site.relu, site.ceiling)
     operations(owner)[f"{site.kind}_{site.index}"] = operation.train(owner.training)
 
 

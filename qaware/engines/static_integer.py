@@ -62,6 +62,7 @@ class IntegerLayer(nn.Module):
     output_grid: ActivationRange | None
     """None: the output stays float."""
     relu: bool
+    """A ReLU's ceiling needs no operation: the output grid ends at or below it."""
     arithmetic: Arithmetic
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaware.engines.fake_quant import StaticFakeQuantizer, WeightFakeQuantizer
-from qaware.engines.operations import unwatched
+from qaware.engines.operations import activate, unwatched
 from qaware.layout import LayerSite
 from qaware.scheme import Scheme
 
@@ -44,6 +44,7 @@ class FakeQuantizedLayer(nn.Module):
     """None where the input is on a grid already, or stays float."""
     output_fake_quantizer: StaticFakeQuantizer | None
     relu: bool
+    ceiling: float | None
     norm: tuple[Any, ...]
     """The folded batch norm or nothing; in a tuple, which does not register it a second time."""
     source: tuple[StaticFakeQuantizer, ...] = ()
@@ -53,8 +54,7 @@ class FakeQuantizedLayer(nn.Module):
         """As of the float layer with its batch norm and ReLU; the product is a float32 one."""
         with unwatched():
             y = self._compute(self._enter(x))
-            if self.relu:
-                y = torch.relu(y)
+            y = activate(y, self.relu, self.ceiling)
             if self.output_fake_quantizer is not None:
                 y = self.output_fake_quantizer(y)
             return y.to(x.dtype)
@@ -205,6 +205,7 @@ def prepare_layer(module: Any, kind: str, scheme: Scheme, site: LayerSite | None
     module.activation_fake_quantizer = StaticFakeQuantizer(scheme.observer).to(device) if own_input else None
     module.output_fake_quantizer = None if site is None else StaticFakeQuantizer(scheme.observer).to(device)
     module.relu = site is not None and site.relu
+    module.ceiling = None if site is None else site.ceiling
     module.norm = () if norm is None else (norm,)
     if norm is not None:
         norm.__class__ = _NORMS[type(norm)]

@@ -22,6 +22,9 @@ _ATEN: Any = torch.ops.aten
 QUANTIZE, DEQUANTIZE = _OPS.quantize_per_tensor.default, _OPS.dequantize_per_tensor.default
 DEQUANTIZE_CHANNELS = _OPS.dequantize_per_channel.default
 _RELU = (_ATEN.relu.default, _ATEN.relu_.default)
+_CEILINGS = (_ATEN.hardtanh.default, _ATEN.hardtanh_.default, _ATEN.clamp.default)
+_ROUNDING = 1 + 1e-6
+"""The top of a grid is a product of floats."""
 _CAT = (_ATEN.cat.default, _ATEN.concat.default)
 _CONV1D = (_ATEN.conv1d.default, _ATEN.conv1d.padding)
 _LAYERS = (_ATEN.linear.default, *_CONV1D, _ATEN.conv2d.default, _ATEN.conv2d.padding)
@@ -99,7 +102,7 @@ def clean(module: GraphModule, dtype: torch.dtype, whole: bool) -> bool:
         _set_dtype(node, dtype)
     _drop_round_trips(graph)
     for node in _nodes(graph):
-        if node.target in _RELU and _starts_at_zero(node.args[0]):
+        if _clips_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in _nodes(graph):
@@ -185,9 +188,17 @@ def _drop_round_trips(graph: Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _starts_at_zero(node: Any) -> bool:
-    grid = _grid(node)
-    return grid is not None and grid[1] == grid[2]
+def _clips_nothing(node: Any) -> bool:
+    """Whether ``node`` is a ReLU, or one with a ceiling, of a grid that ends where it does."""
+    if node.target not in (*_RELU, *_CEILINGS) or (grid := _grid(node.args[0])) is None:
+        return False
+    scale, zero_point, lowest, highest = grid[:4]
+    if node.target in _RELU:
+        return bool(zero_point == lowest)
+    if len(node.args) != 3 or None in node.args[1:]:
+        return False
+    top = (highest - zero_point) * scale
+    return bool(zero_point == lowest and node.args[1] == 0 and top <= node.args[2] * _ROUNDING)
 
 
 def _round_moved(graph: Graph, node: Any) -> None:

@@ -264,3 +264,32 @@ def test_biases_ship_as_whole_numbers_of_products() -> None:
         units = layer.bias.double() / unit
         torch.testing.assert_close(units, units.round(), rtol=0, atol=1e-2)
         assert units.abs().max() > 1
+
+
+class Clipped(nn.Module):
+    """ReLU6 after a layer and after an addition, as in MobileNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+        self.b = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.a(x * 20))
+        return F.relu6(self.b(x) + x)
+
+
+def test_the_ceiling_of_a_relu_is_the_end_of_the_grid() -> None:
+    torch.manual_seed(0)
+    model = Clipped().eval()
+    plan = laid_out(model, X)
+    ready = prepared(model, plan, X)
+    quantized = converted(ready, plan)
+    for grid in (quantized.outputs["a"], quantized.outputs["qaware_operations.add_0"]):
+        assert (INT8[1] - grid.zero_point) * grid.scale == pytest.approx(6.0)
+    other = images(seed=5) * 3
+    with torch.no_grad():
+        assert torch.equal(ready(other), quantized.module(other))
+        assert sqnr(model(X), quantized.module(X)) > 30
+        set_fake_quant(ready, False)
+        assert torch.equal(ready(other), model(other))

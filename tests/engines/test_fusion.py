@@ -58,6 +58,13 @@ def test_a_layer_that_is_called_twice_is_not_fused_and_rounds_its_own_input() ->
     assert layout.layer("again") == LayerSite("again", None, False, None)
 
 
+def test_a_relu_with_a_ceiling_is_fused_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU6(inplace=True), nn.Conv2d(4, 4, 1))
+    layout = layout_of(model, images())
+    assert layout.layer("0") == LayerSite("0", "1", True, None, 6.0)
+    assert layout.layer("3") == LayerSite("3", None, False, "0")
+
+
 class Branches(nn.Module):
     """A result that is returned, or taken twice, must stay what it is."""
 
