@@ -42,6 +42,11 @@ class OperationSite:
     """Which of the calls of this kind in one forward pass of the owner, from 0."""
     relu: bool = False
     ceiling: float | None = None
+    place: str = ""
+    """Where in the owner's code the call is, so that one which is made in training only is not mistaken for
+    it: functions and lines within them, from ``forward`` inwards. Empty: ``index`` alone tells."""
+    turn: int = 0
+    """Which of the calls from that place in one forward pass, from 0: in a loop, or on the same line."""
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
-from qaware.engines.operations import kind_of
+from qaware.engines.operations import kind_of, place_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Call:
     """None for a module."""
     owner: str
     """The module, not a leaf, whose ``forward`` makes the call."""
+    visit: int
+    """Which of the forward passes of all owners it belongs to."""
+    place: str
+    """Where in the owner's code it is; only of functions that add or concatenate."""
     inputs: tuple[int, ...]
     """Numbers of the tensors that enter, in order. A tensor that is written in place gets a new number."""
     outputs: tuple[int, ...]
@@ -86,7 +90,8 @@ class _Recorder(TorchFunctionMode):
         self._kept: list[Tensor] = []
         """Tensors stay alive, so that no two have the same id."""
         self._next = 0
-        self._owners: list[str] = []
+        self._owners: list[tuple[str, nn.Module | None, int]] = [("", None, 0)]
+        self._visits = 0
         self._leaves: list[str] = []
         self.scopes: dict[str, None] = {}
 
@@ -101,7 +106,10 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if tensors and _tensors(result):
             name = resolve_name(func) or getattr(func, "__name__", str(func))
-            self._add(name, None, func, inputs, tensors, result)
+            owner = self._owners[-1][1]
+            joined = owner is not None and kind_of(func, (args, kwargs)) is not None
+            place = place_of(owner) if joined and owner is not None else ""
+            self._add(name, None, func, inputs, tensors, result, place)
         return result
 
     @contextlib.contextmanager
@@ -134,7 +142,8 @@ class _Recorder(TorchFunctionMode):
 
     def _container(self, name: str) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._owners.append(name)
+            self._visits += 1
+            self._owners.append((name, module, self._visits))
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._owners.pop()
@@ -159,12 +168,15 @@ class _Recorder(TorchFunctionMode):
         inputs: tuple[int, ...],
         tensors: list[Tensor],
         result: Any,
+        place: str = "",
     ) -> None:
         outputs = _tensors(result)
         numbers = tuple(self._new(tensor) for tensor in outputs)
-        owner = self._owners[-1] if self._owners else ""
+        owner, _, visit = self._owners[-1]
         shape = tuple(outputs[0].shape) if outputs else ()
-        self.calls.append(Call(name, module, function, owner, inputs, numbers, tuple(tensors), shape))
+        self.calls.append(
+            Call(name, module, function, owner, visit, place, inputs, numbers, tuple(tensors), shape)
+        )
 
 
 def _is_leaf(module: nn.Module) -> bool:

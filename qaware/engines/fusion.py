@@ -74,6 +74,7 @@ class _Finder:
     flow: Dataflow
     static: set[str]
     fused: dict[str, LayerSite] = field(default_factory=dict)
+    found: dict[OperationSite, None] = field(default_factory=dict)
     passing: dict[int, int] = field(default_factory=dict)
     """Output of a fused norm or ReLU, and the tensor that it makes no different any more."""
 
@@ -120,28 +121,48 @@ class _Finder:
         """Follow each site's integers to the layers that they enter."""
         grids: dict[int, str] = {}
         sources: dict[str, set[str | None]] = {}
-        counts: Counter[tuple[str, str]] = Counter()
-        found = []
+        joined = self._operations()
         for call in self.flow.calls:
             entering = grids.get(call.inputs[0]) if call.inputs else None
             made: str | None = None
-            kind = kind_of(call.function, call.tensors) if call.module is None else None
             if call.module is not None and call.name in self.static:
                 sources.setdefault(call.name, set()).add(entering)
                 made = call.name
-            elif kind is not None:
-                site = OperationSite(call.owner, kind, counts[call.owner, kind])
-                counts[call.owner, kind] += 1
+            elif call.outputs and (site := joined.get(call.outputs[0])) is not None:
                 if any(value in grids for value in call.inputs):
-                    relu, ceiling = self._takes_relu(call.outputs[0])
-                    found.append(replace(site, relu=relu, ceiling=ceiling))
-                    made = site.name
+                    self.found[site], made = None, site.name
             elif call.outputs and (call.outputs[0] in self.passing or _moves(call)):
                 made = entering
             if made is not None:
                 grids.update(dict.fromkeys(call.outputs, made))
         scopes = tuple(name for name in self.flow.scopes if name not in self.static)
-        return Layout("eager", self._layers(sources), tuple(found), scopes if found else ())
+        return Layout("eager", self._layers(sources), tuple(self.found), scopes if self.found else ())
+
+    def _operations(self) -> dict[int, OperationSite]:
+        """The site of each result that is added or concatenated. An owner that runs several times has the
+        same sites each time, with a ReLU fused only where every time one follows."""
+        numbers: Counter[Any] = Counter()
+        turns: Counter[Any] = Counter()
+        sites: dict[Any, OperationSite] = {}
+        keys: dict[int, Any] = {}
+        for call in self.flow.calls:
+            kind = kind_of(call.function, call.tensors) if call.module is None else None
+            if kind is None:
+                continue
+            key = call.owner, kind, call.place, turns[call.visit, kind, call.place]
+            turns[call.visit, kind, call.place] += 1
+            index = numbers[call.visit, kind]
+            numbers[call.visit, kind] += 1
+            keys[call.outputs[0]] = key
+            relu, ceiling = self._takes_relu(call.outputs[0])
+            known = sites.get(key)
+            if known is None:
+                taken = {s.index for s in sites.values() if (s.owner, s.kind) == (call.owner, kind)}
+                index = max(taken) + 1 if index in taken else index
+                sites[key] = OperationSite(call.owner, kind, index, relu, ceiling, call.place, key[3])
+            elif (known.relu, known.ceiling) != (relu, ceiling):
+                sites[key] = replace(known, relu=False, ceiling=None)
+        return {value: sites[key] for value, key in keys.items()}
 
     def _layers(self, sources: dict[str, set[str | None]]) -> tuple[LayerSite, ...]:
         """A layer whose input comes from several sites rounds it once more, by itself."""

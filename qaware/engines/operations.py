@@ -7,6 +7,8 @@ is swapped for one whose ``forward`` runs under a function mode, which hands eac
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +27,8 @@ _KINDS: dict[Any, str] = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "cat"),
 }
 _CHILD = "qaware_operations"
+_WATCHERS = ("operation", "__torch_function__")
+"""Between the model's code and the question where it is."""
 _running = threading.local()
 
 
@@ -33,6 +37,24 @@ def kind_of(function: Any, args: Any) -> str | None:
     kind = _KINDS.get(function)
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)] if kind else []
     return kind if len(tensors) > 1 and all(t.is_floating_point() for t in tensors) else None
+
+
+def place_of(owner: nn.Module) -> str:
+    """Where the code that is running was called from ``owner.forward``: functions and lines in them."""
+    forward = inspect.unwrap(_written(owner).forward).__code__
+    frame: Any = sys._getframe(1)
+    while frame.f_code.co_name in _WATCHERS:
+        frame = frame.f_back
+    steps = []
+    while frame is not None and frame.f_code.co_filename not in (__file__, nn.modules.module.__file__):
+        steps.append(f"{frame.f_code.co_name}+{frame.f_lineno - frame.f_code.co_firstlineno}")
+        frame = None if frame.f_code is forward else frame.f_back
+    return ">".join(reversed(steps))
+
+
+def _written(module: nn.Module) -> type[nn.Module]:
+    """The class that the user wrote."""
+    return type(module).__bases__[1] if isinstance(module, Scoped) else type(module)
 
 
 def activate(x: Tensor, relu: bool, ceiling: float | None) -> Tensor:
@@ -45,15 +67,14 @@ def activate(x: Tensor, relu: bool, ceiling: float | None) -> Tensor:
 class Operation(nn.Module):
     """What happens to one result: an activation function, then rounding."""
 
-    def __init__(self, quantizer: nn.Module, relu: bool, ceiling: float | None) -> None:
+    def __init__(self, quantizer: nn.Module, site: OperationSite) -> None:
         super().__init__()
         self.quantizer = quantizer
-        self.relu = relu
-        self.ceiling = ceiling
+        self.site = site
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
-        rounded: Tensor = self.quantizer(activate(x, self.relu, self.ceiling))
+        rounded: Tensor = self.quantizer(activate(x, self.site.relu, self.site.ceiling))
         return rounded
 
 
@@ -68,13 +89,13 @@ class Scoped(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class cannot be imported by its name, so a copy, in another process too, makes it again.
         reduced: Any = super().__reduce_ex__(protocol)
-        return (_new, (type(self).__bases__[1],), *reduced[2:])
+        return (_new, (_written(self),), *reduced[2:])
 
 
 def add_operation(owner: nn.Module, site: OperationSite, quantizer: nn.Module) -> None:
     """Round one result in ``owner``, in place; ``quantizer`` takes and gives a tensor."""
     add_scope(owner)
-    operation = Operation(quantizer, site.relu, site.ceiling)
+    operation = Operation(quantizer, site)
     operations(owner)[f"{site.kind}_{site.index}"] = operation.train(owner.training)
 
 
@@ -88,7 +109,7 @@ def add_scope(owner: nn.Module) -> None:
 def remove_scope(owner: nn.Module) -> None:
     """Undo :func:`add_scope`, in place."""
     if isinstance(owner, Scoped):
-        owner.__class__ = type(owner).__bases__[1]
+        object.__setattr__(owner, "__class__", _written(owner))
         del owner._modules[_CHILD]
 
 
@@ -114,19 +135,43 @@ def _new(cls: type) -> Any:
 
 def _scope(owner: nn.Module) -> AbstractContextManager[None]:
     """Functions called from here on, but not in a scope inside, belong to ``owner``."""
-    return _frame(operations(owner))
+    return _frame(_Frame(owner))
 
 
 def unwatched() -> AbstractContextManager[None]:
     """Functions called from here on are an engine's own, not the model's."""
-    return _frame(nn.ModuleDict()) if getattr(_running, "stack", []) else nullcontext()
+    return _frame(_Frame(None)) if getattr(_running, "stack", []) else nullcontext()
+
+
+class _Frame:
+    """One forward pass of an owner: its operations, and the calls that were made so far."""
+
+    def __init__(self, owner: nn.Module | None) -> None:
+        self.owner = owner
+        found = [] if owner is None else [m for m in operations(owner).values() if isinstance(m, Operation)]
+        self.placed = {(m.site.kind, m.site.place, m.site.turn): m for m in found}
+        self.numbered = {(m.site.kind, m.site.index): m for m in found}
+        self.counted = any(not m.site.place for m in found)
+        self.calls: Counter[Any] = Counter()
+
+    def operation(self, kind: str) -> Operation | None:
+        """The operation of the call of ``kind`` that is being made."""
+        if self.owner is None or not self.placed:
+            return None
+        if self.counted or torch.compiler.is_compiling():  # which sees no frames
+            key: Any = kind
+            self.calls[key] += 1
+            return self.numbered.get((kind, self.calls[key] - 1))
+        key = kind, place_of(self.owner)
+        self.calls[key] += 1
+        return self.placed.get((*key, self.calls[key] - 1))
 
 
 @contextmanager
-def _frame(known: nn.ModuleDict) -> Iterator[None]:
-    stack: list[tuple[nn.ModuleDict, Counter[str]]] = getattr(_running, "stack", [])
+def _frame(frame: _Frame) -> Iterator[None]:
+    stack: list[_Frame] = getattr(_running, "stack", [])
     _running.stack = stack
-    stack.append((known, Counter()))
+    stack.append(frame)
     try:
         if len(stack) > 1:
             yield
@@ -144,12 +189,8 @@ class _Watch(TorchFunctionMode):
         """Called for every function of torch."""
         kwargs = kwargs or {}
         kind = kind_of(func, (args, kwargs))
-        if kind is None:
-            return func(*args, **kwargs)
-        known, counts = _running.stack[-1]
-        name = f"{kind}_{counts[kind]}"
-        counts[kind] += 1
-        if name not in known:
+        operation = None if kind is None else _running.stack[-1].operation(kind)
+        if operation is None:
             return func(*args, **kwargs)
         # Not in place: the result is another tensor anyway, and tracers know no copy into an old one.
-        return known[name](torch.add(*args, **kwargs) if func is Tensor.add_ else func(*args, **kwargs))
+        return operation(torch.add(*args, **kwargs) if func is Tensor.add_ else func(*args, **kwargs))

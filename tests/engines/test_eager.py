@@ -293,3 +293,48 @@ def test_the_ceiling_of_a_relu_is_the_end_of_the_grid() -> None:
         assert sqnr(model(X), quantized.module(X)) > 30
         set_fake_quant(ready, False)
         assert torch.equal(ready(other), model(other))
+
+
+class Noisy(nn.Module):
+    """Adds something in training only, before the addition that is rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+        self.b = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.training:
+            y = y + torch.full_like(y, -5.0)
+        return F.relu(self.b(y) + y)
+
+
+class Twins(nn.Module):
+    """A block that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Noisy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) - self.block(-x)
+
+
+def test_an_addition_of_training_alone_is_left_alone() -> None:
+    model = Noisy()
+    ready = prepared(model, laid_out(model, X), X)
+    set_fake_quant(ready, False)
+    with torch.no_grad():
+        assert torch.equal(ready.train()(X), model.train()(X))
+
+
+def test_a_block_that_runs_twice_is_rounded_both_times() -> None:
+    torch.manual_seed(0)
+    model = Twins().eval()
+    plan = laid_out(model, X)
+    ready = prepared(model, plan, X)
+    with torch.no_grad():
+        result = converted(ready, plan).module(X)
+        assert torch.equal(ready(X), result)
+        assert sqnr(model(X), result) > 30

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qaware.engines.dataflow import record
 from qaware.engines.fusion import find_layout, outside_stubs
-from qaware.layout import LayerSite, Layout, OperationSite
+from qaware.layout import LayerSite, Layout
 from qaware.matching import CONVOLUTIONS
 
 
@@ -31,11 +31,12 @@ def test_a_residual_network_is_fused_and_joined() -> None:
         LayerSite("hidden", None, True, None),  # an average is between two integers
         LayerSite("head", None, False, "hidden"),
     )
-    assert layout.operations == (
-        OperationSite("block1", "add", 0, True),
-        OperationSite("block2", "add", 0, True),
-        OperationSite("", "cat", 0, False),
-    )
+    assert [(site.name, site.relu) for site in layout.operations] == [
+        (add1, True),
+        (add2, True),
+        ("qaware_operations.cat_0", False),
+    ]
+    assert layout.operations[0].place.startswith("forward+")
     assert Layout.from_dict(layout.to_dict()) == layout
 
 
@@ -154,5 +155,35 @@ def test_the_models_own_stubs_say_what_is_integer() -> None:
     assert {"first", "head"} <= outside
     assert "conv" not in outside
     layout = find_layout(flow, {"conv"})
-    assert layout.operations == (OperationSite("", "add", 0, True),)
+    assert [(site.kind, site.relu) for site in layout.operations] == [("add", True)]
     assert outside_stubs(record(Residual(), lambda: None)) is None
+
+
+class Noisy(nn.Module):
+    """Adds noise in training only, and its block runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+        self.b = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.training:
+            y = y + torch.full_like(y, -5.0)
+        return F.relu(y + self.b(y))
+
+
+class Twins(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Noisy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) - self.block(-x)
+
+
+def test_an_owner_that_runs_twice_has_its_sites_once() -> None:
+    layout = layout_of(Twins(), images())
+    assert [site.name for site in layout.operations] == ["block.qaware_operations.add_0"]
+    assert layout.operations[0].relu
