@@ -281,7 +281,7 @@ def test_check_offers_a_choice_that_works(tmp_path: Path, capsys: pytest.Capture
         "layers.0.mlp.down_proj: group_size 32 does not divide its 172 input weights; nearest legal: int8"
         in error
     )
-    assert "legal as they are: float16, int8-dynamic" in error
+    assert "legal as they are: float16, int4-static, int8-dynamic, int8-static" in error
     rule = yaml.safe_load(re.findall(r"by the first rule (\{name: .*?\}\})", error)[0])
     settings["quantize"][0]["rules"] = [rule]
     path.write_text(yaml.safe_dump(settings))

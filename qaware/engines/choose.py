@@ -101,26 +101,32 @@ def lay_out(
     choice = choose(plan, model, runtimes, wanted)
     if choice.engine == "modules":
         return plan, choice
-    following = _following(plan, choice.engine, runtimes) if wanted == "auto" else []
+    needed = plan.needs_calibration or choice.engine == "graph"
+    following = _following(plan, choice.engine, runtimes) if wanted == "auto" else None
     try:
-        needed = plan.needs_calibration or choice.engine == "graph"
         example = find_example() if needed else Example()
-        return _laid_out(choice.engine, model, plan, example, runtimes, training), choice
+        laid = _laid_out(choice.engine, model, plan, example, runtimes, training)
     except QawareError as error:
-        if not following:
-            raise
         reason = f"{choice.engine} cannot take the model: {error}"
-    if following[0] == "eager":
+        if following is None:
+            raise
+        if following == "modules":
+            return plan, Choice("modules", reason)
         return _laid_out("eager", model, plan, example, runtimes, training), Choice("eager", reason)
-    return plan, Choice("modules", reason)
+    lost = [name for name in plan.quantized if name not in laid.quantized]
+    if lost and following == "eager":
+        other = _laid_out("eager", model, plan, example, runtimes, training)
+        if len(other.quantized) > len(laid.quantized):
+            return other, Choice("eager", f"graph would leave {', '.join(lost[:3])} in float")
+    return laid, choice
 
 
-def _following(plan: Plan, engine: str, runtimes: Sequence[str]) -> list[str]:
+def _following(plan: Plan, engine: str, runtimes: Sequence[str]) -> str | None:
     """The engine to try after ``engine``."""
     if engine == "graph":
-        return ["eager"]
+        return "eager"
     whole = any(d.type in CONVOLUTIONS for d in plan.quantized.values()) or "executorch" in runtimes
-    return [] if whole else ["modules"]
+    return None if whole else "modules"
 
 
 def _laid_out(

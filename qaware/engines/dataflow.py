@@ -53,6 +53,8 @@ class Dataflow:
     """What the run returned."""
     scopes: tuple[str, ...]
     """Leaf modules that add or concatenate tensors inside."""
+    read: frozenset[int]
+    """Parameters, by id, that the model's own code reads, outside of the layers that hold them."""
 
     def consumers(self, value: int) -> list[Call]:
         """The calls that take a tensor."""
@@ -79,7 +81,12 @@ def record(model: nn.Module, run: Callable[[], Any]) -> Dataflow:
     finally:
         for module, mode in training.items():
             module.training = mode
-    return Dataflow(tuple(recorder.calls), frozenset(recorder.numbers(result)), tuple(recorder.scopes))
+    return Dataflow(
+        tuple(recorder.calls),
+        frozenset(recorder.numbers(result)),
+        tuple(recorder.scopes),
+        recorder.parameters(),
+    )
 
 
 class _Recorder(TorchFunctionMode):
@@ -92,6 +99,7 @@ class _Recorder(TorchFunctionMode):
         self._next = 0
         self._owners: list[tuple[str, nn.Module | None, int]] = [("", None, 0)]
         self._visits = 0
+        self._read: list[Tensor] = []
         self._leaves: list[str] = []
         self.scopes: dict[str, None] = {}
 
@@ -102,6 +110,7 @@ class _Recorder(TorchFunctionMode):
         if self._leaves or getattr(func, "__name__", "") == "__get__":
             return func(*args, **(kwargs or {}))
         tensors = _tensors((args, kwargs))
+        self._read += [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
         inputs = self.numbers(tensors)
         result = func(*args, **(kwargs or {}))
         if tensors and _tensors(result):
@@ -149,6 +158,10 @@ class _Recorder(TorchFunctionMode):
             self._owners.pop()
 
         return enter, leave
+
+    def parameters(self) -> frozenset[int]:
+        """The ids of parameters that functions outside of leaf modules took."""
+        return frozenset(id(parameter) for parameter in self._read)
 
     def numbers(self, values: Any) -> tuple[int, ...]:
         """The number of every tensor in ``values``."""

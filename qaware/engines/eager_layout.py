@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from qaware.adapters import from_peft
 from qaware.copying import deep_copy
-from qaware.engines.dataflow import record
+from qaware.engines.dataflow import Dataflow, record
 from qaware.engines.example import Example
 from qaware.engines.fusion import find_layout, outside_stubs
 from qaware.engines.operations import add_operation, add_scope
@@ -49,8 +49,11 @@ def lay_out(model: nn.Module, plan: Plan, example: Example) -> Plan:
     example = example.to(next((p.device for p in model.parameters()), torch.device("cpu")))
     flow = _record(model, example)
     outside = outside_stubs(flow)
+    shared = {name for name, module in model.named_modules() if _reads(flow, module)}
     reached = {call.name for call in flow.calls if call.module is not None}
-    plan = dataclasses.replace(plan, decisions=tuple(_reachable(d, reached, outside) for d in plan.decisions))
+    plan = dataclasses.replace(
+        plan, decisions=tuple(_reachable(d, reached, outside, shared) for d in plan.decisions)
+    )
     plan.require_possible()
     layout = find_layout(flow, {name for name, d in plan.quantized.items() if is_static(d)})
     plan = plan.with_layout(layout)
@@ -111,11 +114,18 @@ def _record(model: nn.Module, example: Example) -> Any:
         ) from error
 
 
-def _reachable(decision: Decision, reached: set[str], outside: set[str] | None) -> Decision:
+def _reads(flow: Dataflow, module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and id(weight) in flow.read
+
+
+def _reachable(decision: Decision, reached: set[str], outside: set[str] | None, shared: set[str]) -> Decision:
     if not is_static(decision):
         return decision
     if decision.module not in reached:
         why = "stays float: the example batch does not reach it, so nothing is known of its activations"
+    elif decision.module in shared:
+        why = "stays float: the model's own code reads its weight, which it would find to be integers"
     elif outside is not None and decision.module in outside:
         why = "stays float: it is outside the model's own QuantStub and DeQuantStub"
     else:

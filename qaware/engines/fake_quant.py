@@ -29,6 +29,11 @@ INT8 = (-128, 127)
 _SMALLEST_FLOAT16 = 2.0**-15
 
 
+_SMALLEST_SHARE = 2.0**-12
+_SMALLEST_KERNEL_SCALE = 1e-30
+"""Below it a weight is nothing but zeros."""
+
+
 class Marked(nn.Module):
     """A weight's fake-quantizer has one buffer: without any, the checkpoint of a prepared model would have
     the keys of the float model, and load into one without a word. A float, so that it can be averaged."""
@@ -80,6 +85,7 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
         )
         self.scheme = scheme
         lowest, highest = scheme.range
+        self.narrow = narrow
         self.integers = (-highest if narrow and scheme.symmetric and scheme.bits > 1 else lowest, highest)
         self.mark(scheme.bits)
 
@@ -100,6 +106,8 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
         scale, zero_point = choose_qparams_affine(
             x, config.mapping_type, block, torch.int8, *self.integers, config.eps, config.scale_precision
         )
+        if self.narrow:
+            scale = _not_dead(scale)
         if self.scheme.per_tensor:  # the same one for every row
             return scale.reshape(1, 1).expand(len(x), 1), zero_point.reshape(1, 1).expand(len(x), 1)
         return scale.reshape(len(x), -1), zero_point.reshape(len(x), -1)
@@ -189,6 +197,15 @@ class StaticFakeQuantizer(nn.Module):
             low, high, MappingType.ASYMMETRIC, (), torch.int8, *INT8, zero_point_dtype=torch.int32
         )
         return scale, zero_point
+
+
+def _not_dead(scale: Tensor) -> Tensor:
+    """Scales of at least a part of the largest: a channel of zeros has none of its own, and one that is nearly
+    so has one that runtimes refuse, or in whose units a bias is no int32. What leaves such a channel is less
+    than a step of the integers that all channels share."""
+    largest = scale.detach().max()
+    floor = torch.where(largest > _SMALLEST_KERNEL_SCALE, largest * _SMALLEST_SHARE, _SMALLEST_SHARE)
+    return torch.maximum(scale, floor.to(scale.dtype))
 
 
 def weight_fake_quantizer(scheme: Scheme) -> nn.Module:

@@ -85,7 +85,7 @@ class ModulesEngine:
         lora = _lora_support(model)
         if lora is not None:
             lora.merge(model)
-        shared: dict[tuple[int, Scheme], QuantizedWeight] = {}
+        shared: dict[tuple[int, Scheme, bool], QuantizedWeight] = {}
         for name, decision in plan.quantized.items():
             _convert_layer(name, modules[name], decision, result, shared)
         return result if lora is None else lora.unload(result)
@@ -155,12 +155,12 @@ def _convert_layer(
     module: Any,
     decision: Decision,
     result: QuantizedModel,
-    shared: dict[tuple[int, Scheme], QuantizedWeight],
+    shared: dict[tuple[int, Scheme, bool], QuantizedWeight],
 ) -> None:
     scheme = decision.scheme
     assert scheme is not None
     shipped = vars(module).pop("merged", module.weight.detach())
-    key = (shipped.data_ptr(), scheme.weight)
+    key = (shipped.data_ptr(), scheme.weight, scheme.per_tensor)
     if key not in shared:
         shared[key] = _quantize(module, shipped, scheme.weight)
     weight = shared[key]

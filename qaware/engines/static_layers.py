@@ -20,6 +20,7 @@ from qaware.layout import LayerSite
 from qaware.scheme import Scheme
 
 _SMALLEST_FACTOR = 1e-12
+_LARGEST_BIAS = 2.0**31
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -95,8 +96,9 @@ class FakeQuantizedLayer(nn.Module):
         if bias is None or quantizer is None or not rounding or not self.weight_fake_quantizer.enabled:
             return bias
         unit = quantizer.qparams()[0].double() * self.weight_fake_quantizer.scale.detach().flatten().double()
-        steps = (bias.detach().double() / unit).round().clamp(-(2**31), 2**31 - 1)
-        return _StraightThrough.apply(bias, (steps * unit).float())  # type: ignore[no-any-return]
+        steps = (bias.detach().double() / unit).round()
+        rounded = torch.where(steps.abs() < _LARGEST_BIAS, steps * unit, bias.detach().double())
+        return _StraightThrough.apply(bias, rounded.float())  # type: ignore[no-any-return]
 
     def _compute(self, x: Tensor) -> Tensor:
         norm = self.norm[0] if self.norm else None

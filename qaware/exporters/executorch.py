@@ -108,7 +108,10 @@ class ExecuTorchExporter(Exporter):
         return Written(found.lines(), {"delegation": dataclasses.asdict(found)})
 
     def reference(self, quantized: QuantizedModel) -> nn.Module:
-        """The converted model; of a bfloat16 one the same integers in float32."""
+        """The converted model; of a bfloat16 one the same integers in float32, of the graph engine's, whose
+        biases are float, one with the whole numbers that XNNPACK makes of them."""
+        if quantized.plan.layout is not None and quantized.plan.layout.engine == "graph":
+            return _with_whole_biases(copy.deepcopy(quantized))
         floats = [*quantized.module.parameters(), *quantized.module.buffers()]
         if all(t.dtype != torch.bfloat16 for t in floats):
             return quantized.module
@@ -139,6 +142,17 @@ class ExecuTorchExporter(Exporter):
             return output.float()
 
         return run
+
+
+def _with_whole_biases(quantized: QuantizedModel) -> nn.Module:
+    """Biases as the int32 that XNNPACK adds, in units of input scale times weight scale, in place."""
+    for name, grid in quantized.activations.items():
+        layer: Any = quantized.module.get_submodule(name)
+        scale = quantized.weights[name].scale
+        if scale is not None and getattr(layer, "bias", None) is not None:
+            unit = scale.flatten().double() * grid.scale
+            layer.bias.data = ((layer.bias.double() / unit).round() * unit).float()
+    return quantized.module
 
 
 def _refuse_embedding(scheme: Scheme, width: int) -> str | None:

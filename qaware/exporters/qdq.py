@@ -201,9 +201,19 @@ def _clips_nothing(node: Any) -> bool:
     return bool(zero_point == lowest and node.args[1] == 0 and top <= node.args[2] * _ROUNDING)
 
 
+def _fills(node: Any) -> bool:
+    """Whether ``node`` pads with something that may be on no grid."""
+    if node.target not in _PADS:
+        return False
+    place = 2 if node.target is _ATEN.constant_pad_nd.default else 3
+    mode = node.args[2] if place == 3 and len(node.args) > 2 else "constant"
+    value = node.args[place] if len(node.args) > place else node.kwargs.get("value")
+    return bool(mode == "constant" and value)
+
+
 def _round_moved(graph: Graph, node: Any) -> None:
     """What only moves values gives values on its input's grid."""
-    if node.target in _MOVES and (grid := _grid(node.args[0])):
+    if node.target in _MOVES and not _fills(node) and (grid := _grid(node.args[0])):
         _round_behind(graph, node, grid)
 
 

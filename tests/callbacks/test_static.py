@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from resumable_loader import Resumable
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -215,7 +216,9 @@ def test_observers_see_training_batches_only(tmp_path: Path) -> None:
 
 
 def test_synchronized_batch_norms_are_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path, qat(tmp_path), sync_batchnorm=True, strategy="ddp", devices=1, accelerator="cpu")
+    callback = qat(tmp_path, convert=False)
+    run = trainer(tmp_path, callback)
+    run._accelerator_connector._layer_sync = TorchSyncBatchNorm()
     with pytest.raises(QawareError, match=r"sync_batchnorm: net.stem.1 is folded into the layer before it"):
         run.fit(lit(), data(), data(1))
 
