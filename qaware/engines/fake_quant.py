@@ -200,9 +200,9 @@ class StaticFakeQuantizer(nn.Module):
 
 
 def _not_dead(scale: Tensor) -> Tensor:
-    """Scales of at least a part of the largest: a channel of zeros has none of its own, and one that is nearly
-    so has one that runtimes refuse, or in whose units a bias is no int32. What leaves such a channel is less
-    than a step of the integers that all channels share."""
+    """Scales of at least a part of the largest: a channel of zeros has none of its own, and that of nearly
+    zeros is one that runtimes refuse, or in whose units a bias is no int32. What leaves such a channel is
+    less than a step of the integers that all channels share."""
     largest = scale.detach().max()
     floor = torch.where(largest > _SMALLEST_KERNEL_SCALE, largest * _SMALLEST_SHARE, _SMALLEST_SHARE)
     return torch.maximum(scale, floor.to(scale.dtype))

@@ -22,6 +22,7 @@ from qaware.engines.graph_fake_quant import (
 from qaware.engines.graph_fold import fold, hide_norms, show_norms
 from qaware.engines.graph_normal import is_product, normalize
 from qaware.engines.graph_trace import owner
+from qaware.engines.x86 import x86_quantizer
 from qaware.errors import QawareError
 from qaware.plan import Plan
 from qaware.scheme import Scheme
@@ -224,7 +225,7 @@ def _xnnpack(scheme: Scheme) -> tuple[Any, Callable[..., Any]]:
 
 
 def _x86_inductor(scheme: Scheme) -> tuple[Any, Callable[..., Any]]:
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    x86 = x86_quantizer()
 
     activation, weight = _specs(scheme, unsigned=True)
     config = x86.QuantizationConfig(activation, activation, weight, None, False)

@@ -169,19 +169,6 @@ def _compile(program: Any, path: Path, frozen: bool, packed: bool) -> None:
 
 
 @contextlib.contextmanager
-def _x86_passes() -> Iterator[None]:
-    """torchao's passes, registered for good by an import that also changes a setting of Inductor."""
-    from torch._inductor import config
-
-    setting = config.pre_grad_custom_pass
-    try:
-        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
-    finally:
-        config.pre_grad_custom_pass = setting
-    yield
-
-
-@contextlib.contextmanager
 def _unfolded(packed: bool) -> Iterator[None]:
     """Keep freezing from computing, once and for all, the floats of packed integers."""
     from torch._inductor import constant_folding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_batch_norms_move_until_they_are_frozen_at_a_step(tmp_path: Path) -> Non
     look, module = Look(), lit()
     callback = qat(tmp_path, freeze_batch_norm_step=5, freeze_observers_step=7, score=False, convert=False)
     trainer(tmp_path, callback, look, max_epochs=2).fit(module, data(6), data(1))
-    moved = [not torch.equal(a, b) for a, b in zip(look.means[:-1], look.means[1:], strict=True)]
+    moved = [not torch.equal(a, b) for a, b in itertools.pairwise(look.means)]
     assert moved == [True] * 4 + [False] * 7
     with pytest.raises(QawareError, match="freeze_batch_norm_step: 0 must be at least 1, or None"):
         qat(tmp_path, freeze_batch_norm_step=0)

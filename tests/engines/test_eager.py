@@ -338,3 +338,45 @@ def test_a_block_that_runs_twice_is_rounded_both_times() -> None:
         result = converted(ready, plan).module(X)
         assert torch.equal(ready(X), result)
         assert sqnr(model(X), result) > 30
+
+
+def test_a_dead_channel_keeps_its_bias() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    first: Any = model[0]
+    with torch.no_grad():
+        first.weight[0] = 0
+        first.bias[0] = 0.5
+        first.weight[1] *= 1e-7
+    plan = laid_out(model, X)
+    ready = prepared(model, plan, X)
+    quantized = converted(ready, plan)
+    scale = quantized.weights["0"].scale
+    assert scale is not None
+    assert scale.min() > scale.max() / 5000
+    with torch.no_grad():
+        assert torch.equal(ready(X), quantized.module(X))
+        assert sqnr(model(X), quantized.module(X)) > 30
+    assert float(quantized.module[0].bias[0]) == pytest.approx(0.5, abs=1e-3)  # type: ignore[index]
+
+
+class Reads(nn.Module):
+    """Looks at the weight of one of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+        self.b = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) * self.a.weight.abs().sum()
+
+
+def test_a_layer_whose_weight_is_read_elsewhere_stays_float() -> None:
+    model = Reads().eval()
+    plan = laid_out(model, X)
+    assert list(plan.quantized) == ["b"]
+    reason = next(d.reason for d in plan.skipped if d.parameter == "a.weight")
+    assert reason == "stays float: the model's own code reads its weight, which it would find to be integers"
+    with torch.no_grad():
+        assert sqnr(model(X), converted(prepared(model, plan, X), plan).module(X)) > 30
