@@ -6,8 +6,8 @@ from typing import Any
 
 
 def x86_quantizer() -> Any:
-    """The module ``x86_inductor_quantizer`` of torchao; Inductor's setting for a pass of
-    one's own, which its import takes, is as before. The passes that it registers act on frozen programs only."""
+    """The module ``x86_inductor_quantizer`` of torchao. Inductor's setting for a pass of one's own, which its
+    import takes, is as before; the passes that it registers act on frozen programs only."""
     from torch._inductor import config
 
     setting = config.pre_grad_custom_pass

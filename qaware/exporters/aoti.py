@@ -159,7 +159,7 @@ def _compile(program: Any, path: Path, frozen: bool, packed: bool) -> None:
     """Write the package; ``frozen`` for int8 kernels, ``packed`` where other integers must stay integers."""
     with contextlib.ExitStack() as stack:
         if frozen:
-            stack.enter_context(_x86_passes())
+            x86_quantizer()  # registers the passes that make int8 kernels
             stack.enter_context(_unfolded(packed))
         # A stream keeps the temporary file's name out of the archive.
         file = stack.enter_context(path.open("wb"))
