@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qaware import machine, quiet
 from qaware.engines.base import QuantizedModel
+from qaware.engines.x86 import x86_quantizer
 from qaware.errors import QawareError
 from qaware.exporters.base import Exporter, Runner, Tolerance, Written, first_line, in_evaluation, one_step
 from qaware.exporters.int8_kernels import Kernels, kernels
