@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, RandomSampler
+from torch.utils.data import Dataset
 
 from qaware.lm.cache import Array, Stream
 
@@ -68,22 +68,6 @@ class Batches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return stack([self.part[i] for i in self.groups[index]])
-
-
-class Shuffled(RandomSampler):
-    """A new order each epoch that depends on nothing else, so that a resumed run sees the same one."""
-
-    def __init__(self, part: Part, seed: int) -> None:
-        super().__init__(part, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
 
 
 def stack(windows: Sequence[Tensor]) -> Batch:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from qaware.errors import QawareError
 from qaware.files import sha256
 from qaware.lm import batches, cache, documents, options, tokens
-from qaware.lm.resumable import ResumableLoader
+from qaware.resumable import ResumableLoader, Shuffled
 
 if TYPE_CHECKING:
     from qaware.metrics.windows import Windows
@@ -197,7 +197,7 @@ class TextDataModule(pl.LightningDataModule):
         return ResumableLoader(
             self._train,
             batch_size=self.batch_size,
-            sampler=batches.Shuffled(self._train, self.hparams["seed"]),
+            sampler=Shuffled(self._train, self.hparams["seed"]),
             collate_fn=collate,
             num_workers=self.hparams["num_workers"],
             persistent_workers=self.hparams["num_workers"] > 0,

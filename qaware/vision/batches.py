@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, RandomSampler
+from torch.utils.data import Dataset
 
-from qaware.lm.resumable import ResumableLoader
+from qaware.resumable import ResumableLoader
 from qaware.vision.images import Array
 
 Sample = tuple[Tensor, int]
@@ -67,22 +66,6 @@ class ImageLoader(ResumableLoader):
         """The batches of the sampler's epoch that are left."""
         if isinstance(self.dataset, Augmented):
             self.dataset.epoch = self._epoch
-        return super().__iter__()
-
-
-class Shuffled(RandomSampler):
-    """A new order each epoch that depends on nothing else, so that a resumed run sees the same one."""
-
-    def __init__(self, images: Sized, seed: int) -> None:
-        super().__init__(images, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qaware.errors import QawareError
+from qaware.resumable import Shuffled
 from qaware.vision import batches
 from qaware.vision.images import Array, Images, stack
 from qaware.vision.sources import read_parts
@@ -174,7 +175,7 @@ class ImageDataModule(pl.LightningDataModule):
         return batches.ImageLoader(
             images,
             batch_size=self.batch_size,
-            sampler=batches.Shuffled(images, h.seed),
+            sampler=Shuffled(images, h.seed),
             num_workers=h.num_workers,
         )
 
@@ -184,7 +185,7 @@ class ImageDataModule(pl.LightningDataModule):
         return DataLoader(
             images,
             batch_size=self.batch_size,
-            sampler=batches.Shuffled(images, self.hparams["seed"]),
+            sampler=Shuffled(images, self.hparams["seed"]),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -10,6 +10,7 @@ import torch
 
 from qaware.lm import batches
 from qaware.lm.cache import Stream
+from qaware.resumable import Shuffled
 
 STREAM = Stream(np.arange(12, dtype=np.int32), np.arange(100, 112, dtype=np.int32), np.array([5, 6, 12]))
 
@@ -44,7 +45,7 @@ def test_batches_hold_windows_of_one_length() -> None:
 
 def test_the_order_depends_on_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        sampler = batches.Shuffled(part("packed", 2), seed)
+        sampler = Shuffled(part("packed", 2), seed)
         sampler.set_epoch(epoch)
         torch.rand(1)  # drawing elsewhere changes nothing
         return list(sampler)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from qaware.vision.batches import Augmented, ImageLoader, Normalized, Shuffled, statistics
+from qaware.resumable import Shuffled
+from qaware.vision.batches import Augmented, ImageLoader, Normalized, statistics
 
 PIXELS = np.random.default_rng(0).integers(0, 256, size=(20, 3, 5, 6)).astype(np.uint8)
 

@@ -1,11 +1,13 @@
-"""A training loader that a checkpoint remembers."""
+"""A training loader that a checkpoint remembers, and an order that depends on the epoch alone."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sized
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, RandomSampler
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -37,3 +39,19 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Leave out what was trained on, the next time that this epoch is iterated."""
         self._resume = (state["epoch"], state["batches"])
+
+
+class Shuffled(RandomSampler):
+    """A new order each epoch that depends on nothing else, so that a resumed run sees the same one."""
+
+    def __init__(self, data: Sized, seed: int) -> None:
+        super().__init__(data, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from qaware.lm import batches
 from qaware.lm.cache import Stream
-from qaware.lm.resumable import ResumableLoader
+from qaware.resumable import ResumableLoader, Shuffled
 
 STREAM = Stream(np.arange(48, dtype=np.int32), np.ones(48, dtype=np.int32), np.array([48]))
 
@@ -21,9 +21,7 @@ STREAM = Stream(np.arange(48, dtype=np.int32), np.ones(48, dtype=np.int32), np.a
 def loader(**options: Any) -> ResumableLoader:
     """6 batches of 2 windows of 4 tokens."""
     part = batches.Part(STREAM, batches.cut(STREAM, 4, "packed"))
-    return ResumableLoader(
-        part, batch_size=2, sampler=batches.Shuffled(part, 0), collate_fn=batches.stack, **options
-    )
+    return ResumableLoader(part, batch_size=2, sampler=Shuffled(part, 0), collate_fn=batches.stack, **options)
 
 
 def firsts(found: Any) -> list[list[int]]:
