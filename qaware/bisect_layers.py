@@ -170,7 +170,10 @@ def _close(parity: Parity, tolerance: Tolerance) -> bool:
     """In steps where there are any, of which sums in another order make one. KL is for logits, not for the
     inside of a model."""
     if parity.steps is not None:
-        return parity.steps <= (_ROUNDING if tolerance.steps is None else tolerance.steps)
+        counted = (
+            tolerance if tolerance.steps is not None else dataclasses.replace(tolerance, steps=_ROUNDING)
+        )
+        return parity.within_steps(counted)
     return parity.relative <= tolerance.relative
 
 

@@ -36,13 +36,19 @@ class Parity:
     """Largest difference in quantization steps; None where the output is on no int8 grid."""
     differing: float | None = None
     """Share of the values that are another integer; None as ``steps``."""
+    far: float | None = None
+    """Share of the values that are more than one step off; None as ``steps``."""
 
     def within(self, tolerance: Tolerance) -> bool:
         """Whether all gated figures hold; NaN never does."""
         close = self.relative <= tolerance.relative and self.kl <= tolerance.kl
-        if self.steps is None or tolerance.steps is None:
-            return close
-        return close and self.steps <= tolerance.steps
+        return close and self.within_steps(tolerance)
+
+    def within_steps(self, tolerance: Tolerance) -> bool:
+        """Whether the integers of the output are close enough, where it has any."""
+        if self.steps is None or self.far is None or tolerance.steps is None:
+            return True
+        return self.steps <= tolerance.steps or self.far <= tolerance.stray
 
     def require(self, what: str, tolerance: Tolerance) -> None:
         """Raise unless within ``tolerance``.
@@ -59,10 +65,11 @@ class Parity:
             )
 
     def _in_steps(self, tolerance: Tolerance) -> str:
-        if self.steps is None or self.differing is None:
+        if self.steps is None or self.differing is None or self.far is None:
             return ""
-        allowed = "" if tolerance.steps is None else f", at most {tolerance.steps:g} allowed"
-        return f"{self.steps:g} quantization steps, {self.differing:.2%} of the values differ{allowed}; "
+        differ = f"{self.differing:.2%} of the values differ, {self.far:.2%} by more than one step"
+        allowed = "" if tolerance.steps is None else f", at most {tolerance.stray:.0%} allowed"
+        return f"up to {self.steps:g} quantization steps, {differ}{allowed}; "
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for rows and sidecars."""
@@ -91,7 +98,7 @@ def compare(
     rows = [(_rows(expected), _rows(got)) for expected, got in pairs]
     difference = torch.cat([(e - g).abs().flatten() for e, g in rows])
     values = torch.cat([e.flatten() for e, _ in rows])
-    steps, differing = _count_steps(difference, output_step(values, grids))
+    steps, differing, far = _count_steps(difference, output_step(values, grids))
     return Parity(
         relative=float(difference.mean() / values.std().clamp_min(1e-12)),
         max_abs=float(difference.max()),
@@ -100,6 +107,7 @@ def compare(
         inputs=len(pairs),
         steps=steps,
         differing=differing,
+        far=far,
     )
 
 
@@ -118,12 +126,13 @@ def _on_grid(values: Tensor, grid: ActivationRange) -> bool:
     return inside and float((integers - integers.round()).abs().max()) < _OFF_GRID
 
 
-def _count_steps(difference: Tensor, step: float | None) -> tuple[float | None, float | None]:
+def _count_steps(difference: Tensor, step: float | None) -> tuple[float | None, float | None, float | None]:
     if step is None:
-        return None, None
+        return None, None, None
     # Rounded, since the values of two equal integers may differ in their last bits.
     steps = (difference / step * 100).round() / 100
-    return float(steps.max()), float((~(steps < 0.5)).double().mean())
+    differing, far = ((~(steps < bound)).double().mean() for bound in (0.5, 1.5))
+    return float(steps.max()), float(differing), float(far)
 
 
 def _rows(output: Tensor) -> Tensor:

@@ -139,6 +139,8 @@ def test_plain_data() -> None:
         "inputs": 5,
         "steps": None,
         "differing": None,
+        "far": None,
+        "far": None,
     }
 
 
@@ -167,16 +169,27 @@ def test_an_output_that_is_on_no_grid_has_no_steps(expected: Tensor) -> None:
     assert compare(identity, Apply(identity), [(on_grid([1, 2]),)]).steps is None
 
 
-@pytest.mark.parametrize(("steps", "good"), [(1, True), (1.01, False), (math.nan, False), (None, True)])
-def test_steps_are_held_to_the_tolerance(steps: float | None, good: bool) -> None:
-    parity = Parity(0.0, 0.0, 0.0, 1.0, 1, steps, 0.25)
+@pytest.mark.parametrize(
+    ("steps", "far", "good"),
+    [(1, 0.0, True), (2, 0.011, False), (2, 0.009, True), (math.nan, 1.0, False), (None, None, True)],
+)
+def test_steps_are_held_to_the_tolerance(steps: float | None, far: float | None, good: bool) -> None:
+    parity = Parity(0.0, 0.0, 0.0, 1.0, 1, steps, None if steps is None else 0.25, far)
     tolerance = Tolerance(1e-2, 1e-3, "rounding", steps=1)
     assert parity.within(tolerance) is good
     assert parity.within(TOLERANCE)
     if not good:
-        words = r"quantization steps, 25\.00% of the values differ, at most 1 allowed; relative difference 0"
+        words = r"25\.00% of the values differ, [0-9.]+% by more than one step, at most 1% allowed; relative"
         with pytest.raises(ParityError, match=words):
             parity.require("model.pte", tolerance)
+
+
+def test_how_many_are_far_off_is_counted() -> None:
+    expected = on_grid([1, 2, 3, 4])
+    parity = compare(
+        lambda x: x + torch.tensor([0, 1, 2, 0]) * GRID.scale, Apply(identity), [(expected,)], [GRID]
+    )
+    assert (parity.steps, parity.differing, parity.far) == (2, 0.5, 0.25)
 
 
 def test_nan_is_a_difference_in_steps_too() -> None:
