@@ -140,7 +140,6 @@ def test_plain_data() -> None:
         "steps": None,
         "differing": None,
         "far": None,
-        "far": None,
     }
 
 
