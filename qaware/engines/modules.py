@@ -190,6 +190,11 @@ def _quantize(module: Any, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
     if scheme.is_float:
         return QuantizedWeight(weight.half(), None, None, scheme)
     quantizer(module.weight.detach())
+    return integers_of(weight, quantizer, scheme)
+
+
+def integers_of(weight: Tensor, quantizer: Any, scheme: Scheme) -> QuantizedWeight:
+    """The integers of ``weight`` (rows, width) on the scales that a weight's fake-quantizer used last."""
     blocks = (weight.shape[0], -1)
     # Rounded with the scale in the precision of training: torchao divides by a bfloat16 scale in
     # bfloat16, and a float32 division would choose another integer now and then.

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchao.quantization import IntxUnpackedToInt8Tensor
+from torch import nn
 
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
-from qaware.engines.fake_quant import integer_dtype
+from qaware.engines.modules import integers_of
 from qaware.engines.operations import Operation
 from qaware.engines.static_layers import FakeQuantizedLayer
 from qaware.errors import QawareError
 from qaware.layout import LayerSite, Layout
 from qaware.plan import Decision
-from qaware.scheme import Scheme
 
 
 def choose_integers(name: str, module: FakeQuantizedLayer, decision: Decision, result: QuantizedModel) -> Any:
@@ -23,26 +21,14 @@ def choose_integers(name: str, module: FakeQuantizedLayer, decision: Decision, r
     assert decision.scheme is not None
     with torch.no_grad():
         weight, bias = module.folded()
-        result.weights[name] = _integers(module, weight.flatten(1), decision.scheme)
+        module.rounded(weight)
+        rows = weight.flatten(1)
+        made = integers_of(rows, module.weight_fake_quantizer, decision.scheme)
+        # Of one scale for all rows there is only a view.
+        scale = None if made.scale is None else made.scale.clone()
+        zero_point = None if made.zero_point is None else made.zero_point.clone()
+        result.weights[name] = QuantizedWeight(made.data, scale, zero_point, decision.scheme.weight)
         return module.rounded_bias(bias)
-
-
-def _integers(module: FakeQuantizedLayer, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
-    """The integers of ``weight`` (rows, width) on the scales of the layer's fake-quantizer."""
-    quantizer = module.weight_fake_quantizer
-    quantizer(weight)
-    scale = quantizer.scale.detach().reshape(len(weight), -1)
-    zero_point = quantizer.zero_point.detach().to(torch.int8).reshape(len(weight), -1)
-    integers = IntxUnpackedToInt8Tensor.from_hp(
-        weight,
-        (1, scheme.block(weight.shape[1])),
-        integer_dtype(scheme),
-        intx_choose_qparams_algorithm=None,
-        custom_scale=scale,
-        custom_zero_point=zero_point,
-    )
-    asymmetric = None if scheme.symmetric else zero_point.clone()
-    return QuantizedWeight(integers.qdata, scale.float().clone(), asymmetric, scheme.weight)
 
 
 def read_grids(modules: dict[str, nn.Module], layout: Layout, result: QuantizedModel) -> None:
