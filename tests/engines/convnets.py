@@ -58,6 +58,32 @@ class Residual(nn.Module):
         return self.head(F.relu(self.hidden(F.adaptive_avg_pool2d(x, 1).flatten(1))))
 
 
+class Noisy(nn.Module):
+    """Adds something in training only, before the addition that is rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 4, 1)
+        self.b = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.training:
+            y = y + torch.full_like(y, -5.0)
+        return F.relu(self.b(y) + y)
+
+
+class Twins(nn.Module):
+    """A block that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Noisy()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) - self.block(-x)
+
+
 def residual(seed: int = 0) -> Residual:
     """With batch norms that have seen something."""
     torch.manual_seed(seed)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from convnets import STATIC, converted, images, laid_out, prepared, residual, sqnr
+from convnets import STATIC, Noisy, Twins, converted, images, laid_out, prepared, residual, sqnr
 from torch import Tensor, nn
 
 from qaware.engines.eager import EagerEngine
@@ -293,32 +293,6 @@ def test_the_ceiling_of_a_relu_is_the_end_of_the_grid() -> None:
         assert sqnr(model(X), quantized.module(X)) > 30
         set_fake_quant(ready, False)
         assert torch.equal(ready(other), model(other))
-
-
-class Noisy(nn.Module):
-    """Adds something in training only, before the addition that is rounded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(3, 4, 1)
-        self.b = nn.Conv2d(4, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        if self.training:
-            y = y + torch.full_like(y, -5.0)
-        return F.relu(self.b(y) + y)
-
-
-class Twins(nn.Module):
-    """A block that runs twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Noisy()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x) - self.block(-x)
 
 
 def test_an_addition_of_training_alone_is_left_alone() -> None:

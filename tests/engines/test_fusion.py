@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from convnets import Residual, images
+from convnets import Residual, Twins, images
 from torch import Tensor, nn
 
 from qaware.engines.dataflow import record
@@ -157,30 +157,6 @@ def test_the_models_own_stubs_say_what_is_integer() -> None:
     layout = find_layout(flow, {"conv"})
     assert [(site.kind, site.relu) for site in layout.operations] == [("add", True)]
     assert outside_stubs(record(Residual(), lambda: None)) is None
-
-
-class Noisy(nn.Module):
-    """Adds noise in training only, and its block runs twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(3, 4, 1)
-        self.b = nn.Conv2d(4, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        if self.training:
-            y = y + torch.full_like(y, -5.0)
-        return F.relu(y + self.b(y))
-
-
-class Twins(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Noisy()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x) - self.block(-x)
 
 
 def test_an_owner_that_runs_twice_has_its_sites_once() -> None:
