@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from qaware.calibration import Look, calibrate, passes, require_loader, same_draws
+from qaware.calibration import Look, calibrate, require_loader, same_draws
 from qaware.calibration_checks import DEFAULT_BATCHES, require_enough
 from qaware.callbacks.base import QuantizationCallback, refuse_double
 from qaware.callbacks.calibrating import CalibrationStep, shared
@@ -67,7 +67,8 @@ class PostTrainingQuantization(QuantizationCallback):
             on_failure: ``raise`` at the end when an artifact fails, or ``warn``.
             engine: ``auto``, ``modules``, ``eager`` or ``graph``.
             calibration: loader whose batches the validation step takes; default the training data, and
-                without any the validation data. Only recipes with static activations need it. Under several
+                without any the validation data. Only recipes with static activations, or with a rounding
+                such as gptq, need it. Under several
                 processes every one takes the whole loader, and observes its share of the batches.
             calibration_batches: how many batches are observed, by all processes together; an error where the
                 data has fewer. None: up to 32.
@@ -100,7 +101,7 @@ class PostTrainingQuantization(QuantizationCallback):
         if trainer.state.fn != "validate":
             return
         self._begin(trainer, pl_module)
-        if self._plan is not None and self._plan.needs_calibration:
+        if self._plan is not None and self._plan.needs_batches:
             # The loop runs in inference mode; data that is made here must be ordinary tensors.
             with torch.inference_mode(False), same_draws():
                 self._loader = self._calibration_loader(trainer)
@@ -112,7 +113,7 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantize what was trained."""
-        if self._plan is not None and self._plan.needs_calibration:
+        if self._plan is not None and self._plan.needs_batches:
             with same_draws():
                 self._loader = self._calibration_loader(trainer)
         self._quantize(trainer, pl_module)
@@ -142,33 +143,48 @@ class PostTrainingQuantization(QuantizationCallback):
         if (self.float_label, "float") not in pipeline.ledger.scores:
             pipeline.score_module(self.float_label, "float", self.float_model, float_bytes(self.float_model))
         prepared = detached_copy(pl_module)
-        engine_for(plan).prepare(find_target(prepared, self.target), plan)
+        root = find_target(prepared, self.target)
+        run_pass = self._pass(trainer, prepared, pipeline) if plan.needs_batches else _no_pass
+        rounder = None
+        if plan.recipe.rounds:
+            from qaware.rounding.recording import record
+            from qaware.rounding.rounder import Rounder
+
+            rounder = Rounder(root, plan, lambda: record(root, run_pass))
+            plan = rounder.plan
+        engine_for(plan).prepare(root, plan)
         if plan.needs_calibration:
-            self._calibrate(trainer, prepared, pipeline)
+            calibrate(prepared, run_pass)
+        self._loader = None
+        if rounder is not None:
+            pipeline.before_rounding(root)
+            with pipeline.progress("Rounding", len(plan.quantized)) as advance:
+                pipeline.rounding = rounder.round(root, advance)
         self.convert_and_export(trainer, pipeline, prepared, plan)
 
-    def _calibrate(self, trainer: pl.Trainer, prepared: pl.LightningModule, pipeline: Pipeline) -> None:
-        """Run the user's validation step over calibration batches with the observers on, in float."""
-        count = self.calibration_batches or DEFAULT_BATCHES
-        shares, loader = shared(self._loader, count)
-        steps = math.ceil(count / trainer.world_size) * len(shares) * passes(prepared)
+    def _pass(
+        self, trainer: pl.Trainer, module: pl.LightningModule, pipeline: Pipeline
+    ) -> Callable[[Look], None]:
+        """Runs the user's validation step over the calibration batches, once for each call."""
+        batches = self.calibration_batches or DEFAULT_BATCHES
+        shares, loader = shared(self._loader, batches)
+        steps = math.ceil(batches / trainer.world_size) * len(shares)
         example = None if pipeline.task is None else pipeline.task.example
-        with pipeline.progress("Calibrating", steps) as advance:
 
-            def run_pass(look: Look) -> None:
+        def run_pass(look: Look) -> None:
+            with pipeline.progress("Calibrating", steps) as advance:
                 step = CalibrationStep(shares, look, advance)
                 try:
-                    validate(prepared, loader, 1.0, [step])
+                    validate(module, loader, 1.0, [step])
                 except QawareError:
                     raise
                 except Exception as error:  # whatever the user's step makes of a batch that it does not know
                     raise QawareError(step.failed(example, error)) from error
-                line = require_enough(sum(share.used for share in shares), self.calibration_batches)
-                if line and look.index == 0:
-                    rank_zero_info(line)
+            line = require_enough(sum(share.used for share in shares), self.calibration_batches)
+            if line and look.index == 0:
+                rank_zero_info(line)
 
-            calibrate(prepared, run_pass)
-        self._loader = None
+        return run_pass
 
     def _calibration_loader(self, trainer: pl.Trainer) -> Any:
         if self.calibration is not None:
@@ -186,3 +202,7 @@ class PostTrainingQuantization(QuantizationCallback):
             "because there is no training data; give calibration= other data"
         )
         return raw_loader(trainer, "val")
+
+
+def _no_pass(look: Look) -> None:
+    """For recipes that look at no data."""

@@ -20,6 +20,7 @@ from qaware.engines.base import QuantizedModel
 from qaware.engines.choose import engine_for, lay_out
 from qaware.engines.example import Example, capture
 from qaware.errors import QawareError
+from qaware.plan import Plan
 from qaware.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -59,19 +60,35 @@ def quantize(
     _refuse_quantized(model)
     plan = Recipe.load(recipe).match(model)
     plan.require_possible()
-    if plan.needs_calibration:
-        share = _share(calibration, calibration_batches, plan.recipe.name)
+    if plan.needs_batches:
+        share = _share(calibration, calibration_batches, plan.recipe)
     # Tensors made in inference mode, which the caller may be in, could not be exported later.
     with torch.inference_mode(False), torch.no_grad():
         work = deep_copy(model).eval()
         plan, choice = lay_out(plan, work, lambda: _example(work, share, step or _forward), runtimes, engine)
         log.info("%s; engine %s (%s)", plan.summary(), choice.engine, choice.reason)
-        prepared = engine_for(plan).prepare(work, plan)
-        if plan.needs_calibration:
-            calibrate(
-                prepared, lambda look: _run(prepared, share, calibration_batches, step or _forward, look)
-            )
-        converted: QuantizedModel = engine_for(plan).convert(prepared, plan)
+
+        def run_pass(look: Look) -> None:
+            _run(work, share, calibration_batches, step or _forward, look)
+
+        return _convert(work, plan, run_pass)
+
+
+def _convert(work: nn.Module, plan: Plan, run_pass: Callable[[Look], None]) -> QuantizedModel:
+    """Prepare, calibrate, round and convert a float model in place."""
+    rounder = None
+    if plan.recipe.rounds:
+        from qaware.rounding.recording import record
+        from qaware.rounding.rounder import Rounder
+
+        rounder = Rounder(work, plan, lambda: record(work, run_pass))
+        plan = rounder.plan
+    engine_for(plan).prepare(work, plan)
+    if plan.needs_calibration:
+        calibrate(work, run_pass)
+    report = None if rounder is None else rounder.round(work)
+    converted: QuantizedModel = engine_for(plan).convert(work, plan)
+    converted.rounding = report
     return converted
 
 
@@ -97,14 +114,12 @@ def _refuse_quantized(model: nn.Module) -> None:
             raise QawareError(f"{name}: has an integer weight already; give the float model")
 
 
-def _share(calibration: Any, batches: int | None, recipe: str) -> Share:
+def _share(calibration: Any, batches: int | None, recipe: Recipe) -> Share:
     if batches is not None and batches < 1:
         raise QawareError(f"calibration_batches: {batches} must be at least 1")
     if calibration is None:
-        raise QawareError(
-            f"calibration: recipe {recipe!r} has static activations, whose ranges come from data; "
-            "give calibration= a loader"
-        )
+        why = f"rounding: {recipe.rounding!r}" if recipe.needs_data else "static activations"
+        raise QawareError(f"calibration: recipe {recipe.name!r} has {why} and so needs data; give a loader")
     require_loader(calibration)
     if isinstance(calibration, Mapping):
         raise QawareError("calibration: a mapping is one batch; give a loader, or a list of batches")

@@ -27,6 +27,7 @@ from qaware.parity import Parity, compare
 from qaware.plan import Plan
 from qaware.report.layers import write_layers
 from qaware.report.ledger import Comparison, Ledger, Row
+from qaware.rounding.report import RoundingReport
 from qaware.tasks import Predict, Task
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,16 @@ class Pipeline:
     progress: Progress = no_progress
     rank: int = 0
     world: int = 1
+    rounding: RoundingReport | None = None
+    """What rounding did, where it was not to nearest."""
     search_seconds: float = 300.0
     """How long the layer that differs is searched after a parity failure; 0: not at all."""
+
+    _twin: nn.Module | None = None
+
+    def before_rounding(self, prepared: nn.Module) -> None:
+        """Keep the float weights of ``prepared``, which rounding writes over, for the layer report."""
+        self._twin = float_twin(prepared) if self.rank == 0 else None
 
     def score_module(self, label: str, stage: str, module: nn.Module, size: int) -> Score | None:
         """Score a torch module; every rank takes its share, and all get the same score."""
@@ -104,8 +113,15 @@ class Pipeline:
 
     def convert(self, prepared: nn.Module, plan: Plan) -> QuantizationResult:
         """Convert ``prepared`` in place (give a copy), score the converted model and report its layers."""
-        twin = float_twin(prepared) if self.rank == 0 else None
+        twin = self._twin
+        if twin is None and self.rank == 0:
+            twin = float_twin(prepared)
         quantized = engine_for(plan).convert(prepared, plan)
+        quantized.rounding, self._twin = self.rounding, None
+        if self.rounding is not None and self.rank == 0:
+            from qaware.report.rounding import write_rounding
+
+            write_rounding(self.rounding, self.folder, self.label)
         result = QuantizationResult(quantized, quantized.plan)
         result.layers = self._report_layers(twin, quantized)
         del twin

@@ -87,6 +87,11 @@ class Plan:
         """Whether a scheme has a static activation range."""
         return any(d.scheme and d.scheme.activation == "int8-static" for d in self.quantized.values())
 
+    @property
+    def needs_batches(self) -> bool:
+        """Whether PTQ looks at calibration batches, for ranges or for the rounding of weights."""
+        return self.needs_calibration or self.recipe.needs_data
+
     def layer(self, name: str) -> Decision:
         """The decision on the weight of module ``name``."""
         return self.quantized[name]

@@ -18,13 +18,15 @@ import yaml
 from qaware.errors import QawareError
 from qaware.roles import ROLES
 from qaware.scheme import Scheme
+from qaware.roundings import Step, parse_steps
 
 if TYPE_CHECKING:
     from torch import nn
 
     from qaware.plan import Plan
 
-ROUNDINGS = ("rtn",)
+
+LEARNING = ("none", "lsq", "range")
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,36 @@ class Rule:
     """Class name of the module, e.g. ``Linear``."""
     name: str | None = None
     """Shell-style pattern of the module's name, e.g. ``*.down_proj``."""
+    blocks: tuple[int, ...] | None = None
+    """Numbers of blocks, e.g. ``layers.0`` or ``h.11``: those of the first number in a module's name, counted
+    from the end where they are negative, so ``[0, -1]`` are the first and the last block."""
 
     def __post_init__(self) -> None:
         if self.role is not None and self.role not in ROLES:
             raise QawareError(f"role: {self.role!r} is not one of {', '.join(ROLES)}")
-        if self.role is None and self.type is None and self.name is None:
-            raise QawareError("rule: give at least one of role, type, name (name: '*' means every module)")
+        if (self.role, self.type, self.name, self.blocks) == (None,) * 4:
+            raise QawareError(
+                "rule: give at least one of role, type, name, blocks (name: '*' means every module)"
+            )
+        self._check_blocks()
         for key in ("type", "name"):
             if not isinstance(getattr(self, key), (str, type(None))):
                 raise QawareError(f"{key}: {getattr(self, key)!r} must be text")
+
+    def _check_blocks(self) -> None:
+        if self.blocks is None:
+            return
+        blocks = self.blocks if isinstance(self.blocks, (list, tuple)) else ()
+        if not blocks or any(type(block) is not int for block in blocks):
+            raise QawareError(f"blocks: {self.blocks!r} must be a list of whole numbers, e.g. [0, -1]")
+        object.__setattr__(self, "blocks", tuple(blocks))
 
     @property
     def label(self) -> str:
         """The conditions, e.g. ``role=embedding``."""
         given = {"role": self.role, "type": self.type, "name": self.name}
+        if self.blocks is not None:
+            given["blocks"] = ",".join(map(str, self.blocks))
         return " ".join(f"{k}={v}" for k, v in given.items() if v is not None)
 
     @classmethod
@@ -69,12 +87,14 @@ class Rule:
             raise QawareError(
                 f"scheme: {scheme!r} must be a mapping such as {{bits: 4, group_size: 32}} or null"
             )
-        return cls(scheme=scheme, **{k: data[k] for k in ("role", "type", "name") if k in data})
+        return cls(scheme=scheme, **{k: data[k] for k in ("role", "type", "name", "blocks") if k in data})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``from_dict`` reads back."""
         given = {"role": self.role, "type": self.type, "name": self.name}
         rule: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if self.blocks is not None:
+            rule["blocks"] = list(self.blocks)
         return {**rule, "scheme": None if self.scheme is None else self.scheme.to_dict()}
 
 
@@ -84,22 +104,42 @@ class Recipe:
 
     name: str
     rules: tuple[Rule, ...]
-    rounding: str = "rtn"
-    """How the integers are chosen: ``rtn`` (round to nearest on the absolute-maximum scale)."""
+    rounding: Any = "rtn"
+    """How the integers are chosen after training: a step of :mod:`qaware.roundings`, e.g. ``gptq``, or a list of
+    them, e.g. ``[smoothquant, {gptq: {damping: 0.05}}]``. QAT learns its own."""
     description: str = ""
+    learning: str = "none"
+    """What QAT trains of a weight's grid: ``none``, the scale follows from the weight in each step; ``lsq``, its
+    scale; or ``range``, its zero point too. See :mod:`qaware.engines.learned`."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.+ -]*", self.name):
             raise QawareError(f"name: {self.name!r} must be letters, digits, '-', '_', '.' (it names files)")
         if not self.rules:
             raise QawareError(f"rules: recipe {self.name!r} has none, so nothing would be quantized")
-        if self.rounding not in ROUNDINGS:
-            raise QawareError(f"rounding: {self.rounding!r} is not one of {', '.join(ROUNDINGS)}")
+        if self.learning not in LEARNING:
+            raise QawareError(f"learning: {self.learning!r} is not one of {', '.join(LEARNING)}")
+        parse_steps(self.rounding)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What ``rounding`` says, step by step; exactly one of them chooses the integers."""
+        return parse_steps(self.rounding)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether ``rounding`` is anything but round to nearest, which the fake-quantizers do themselves."""
+        return any(step.name != "rtn" for step in self.steps)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether ``rounding`` has a step that looks at calibration batches."""
+        return any(step.needs_data for step in self.steps)
 
     @property
     def hash(self) -> str:
         """First 16 hex digits of the sha256 of what the recipe does (not of its name or description)."""
-        does = {k: v for k, v in self.to_dict().items() if k in ("rules", "rounding")}
+        does = {k: v for k, v in self.to_dict().items() if k in ("rules", "rounding", "learning")}
         return hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +148,7 @@ class Recipe:
             "name": self.name,
             "description": self.description,
             "rounding": self.rounding,
+            **({} if self.learning == "none" else {"learning": self.learning}),
             "rules": [rule.to_dict() for rule in self.rules],
         }
 
@@ -127,7 +168,7 @@ class Recipe:
                     f"rules[{i}]: {rule!r} must be a mapping such as {{role: embedding, scheme: ...}}"
                 )
             built.append(rule if isinstance(rule, Rule) else Rule.from_dict(rule))
-        rest = {k: data[k] for k in ("rounding", "description") if k in data}
+        rest = {k: data[k] for k in ("rounding", "description", "learning") if k in data}
         return cls(name=data.get("name", name), rules=tuple(built), **rest)
 
     @classmethod

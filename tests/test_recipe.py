@@ -76,7 +76,7 @@ def test_from_plain_data_with_built_rules_in_it() -> None:
         ({"rules": [{"name": "*", "scheme": {"group_size": 32}}]}, "has no bits"),
         ({"rules": [{"name": "*", "scheme": {"bit": 4}}]}, "scheme: unknown key 'bit'; did you mean 'bits'?"),
         ({"rules": [{"name": "*", "scheme": {"bits": 12}}]}, "bits: 12"),
-        ({"rules": [{"name": "*"}], "rounding": "gptq"}, "rounding: 'gptq' is not one of rtn"),
+        ({"rules": [{"name": "*"}], "rounding": "gtpq"}, "rounding: 'gtpq' is not one of rtn, mse"),
         ({"rules": [{"name": "*"}], "name": ""}, "name: '' must be letters"),
         ({"rules": [{"name": "*"}], "name": 7}, "name: 7 must be letters"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ class QuantizedModel:
     """By module name: what enters a layer whose scheme has a static activation."""
     outputs: dict[str, ActivationRange] = field(default_factory=dict)
     """By site name (see :mod:`qaware.layout`): what leaves a layer or function whose result is an integer."""
+    rounding: Any = None
+    """A :class:`qaware.rounding.report.RoundingReport` where integers were not chosen by nearest rounding."""
 
     def save(self, path: str | Path) -> None:
         """Write one file that :func:`qaware.load_quantized` reads; see :mod:`qaware.storage`."""

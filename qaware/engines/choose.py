@@ -53,6 +53,11 @@ def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = 
         )
     if wanted == "graph":
         _require_graph_runtime(runtimes)
+        if plan.recipe.rounds:
+            raise QawareError(
+                f"engine: 'graph' rounds to nearest only, the recipe says rounding: {plan.recipe.rounding!r}; "
+                "use engine: eager, or auto"
+            )
     if any(is_sharded(m) for m in model.modules()) and (convolutions or wanted in ("eager", "graph")):
         raise QawareError(
             "strategy: integer activations and convolutions are not trained in sharded modules (FSDP2); use "
@@ -64,7 +69,8 @@ def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = 
         return Choice("modules", "weights, and ranges measured at run time")
     if not convolutions and (obstacle := _unlaid(plan, model, runtimes)):
         return Choice("modules", obstacle)
-    if static and len(runtimes) == 1 and runtimes[0] in _GRAPH_RUNTIMES and not has_stubs(model):
+    alone = len(runtimes) == 1 and runtimes[0] in _GRAPH_RUNTIMES
+    if static and alone and not has_stubs(model) and not plan.recipe.rounds:
         return Choice("graph", f"{runtimes[0]} alone, by the quantizer that is made for it")
     return Choice("eager", f"integers that {', '.join(runtimes)} hold alike" if runtimes else "integers")
 

@@ -1,0 +1,83 @@
+"""What every rounding method takes and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qaware.plan import Plan
+from qaware.rounding.grid import Grid
+from qaware.rounding.moments import Moments
+from qaware.rounding.recording import Recording
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The integers of one weight, as the values that they stand for."""
+
+    weight: Tensor
+    """float32 (rows, width), on the grid of ``scale`` and ``zero_point``."""
+    scale: Tensor
+    """float32 (rows, width / block), legal in the grid's precision."""
+    zero_point: Tensor
+    """int32, the shape of ``scale``."""
+    note: str = ""
+    """Why it was chosen in another way than asked for, if it was."""
+
+
+class Chooser(Protocol):
+    """Chooses integers: ``choose`` of a module such as :mod:`qaware.rounding.mse`."""
+
+    def __call__(self, weight: Tensor, grid: Grid, step: Any, moments: Moments | None) -> Chosen:
+        """
+        Args:
+            weight: float32 (rows, width), as it ships: a batch norm is folded into it.
+            grid: what it may become.
+            step: the options, e.g. a :class:`qaware.roundings.Gptq`.
+            moments: of the input; None for an embedding, a layer that never ran, and a step without data.
+        """
+
+
+class Folder(Protocol):
+    """Folds scales into other layers, and leaves what the model computes as it is: ``fold`` of a module such
+    as :mod:`qaware.rounding.awq`."""
+
+    def __call__(self, model: nn.Module, plan: Plan, recording: Recording, step: Any) -> dict[str, str]:
+        """
+        Args:
+            model: float, in evaluation mode; changes in place.
+            plan: made for it.
+            recording: of the calibration batches.
+            step: the options, e.g. a :class:`qaware.roundings.Awq`.
+
+        Returns:
+            For each quantized layer, by name, what was done to it or why nothing was.
+        """
+
+
+def shipped_weight(layer: Any) -> Tensor:
+    """The weight of a prepared layer as it ships, float32 (rows, width)."""
+    folded = layer.folded()[0] if hasattr(layer, "folded") else layer.weight
+    weight: Tensor = folded.detach().float().flatten(1)
+    return weight
+
+
+@torch.no_grad()
+def write(layer: Any, chosen: Chosen) -> None:
+    """Give a prepared layer the integers that were chosen: its weight becomes what they stand for, and its
+    fake-quantizer keeps the scales, on which rounding to nearest gives these integers again."""
+    weight = chosen.weight.view(layer.weight.shape)
+    if getattr(layer, "norm", ()):  # what is left of it is multiplied by the folded batch norm's factor
+        factor = layer._factor()
+        usable = factor.abs() > _SMALLEST_FACTOR
+        unfolded = layer._scaled(weight, torch.where(usable, 1 / factor, 0.0))
+        weight = torch.where(layer._scaled(torch.ones_like(weight), factor).abs() > _SMALLEST_FACTOR, unfolded, layer.weight.float())
+    layer.weight.data.copy_(weight)
+    precision = getattr(torch, layer.weight_fake_quantizer.scheme.scale_dtype)
+    layer.weight_fake_quantizer.fixed = (chosen.scale.to(precision), chosen.zero_point)
+
+
+_SMALLEST_FACTOR = 1e-12
