@@ -18,19 +18,24 @@ def averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[pl.
     Raises:
         QawareError: there were no layers to copy yet; Lightning would average nothing, without a word.
     """
-    wanted = sum(1 for _ in pl_module.parameters())
+    wanted = _layers(pl_module)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
         if isinstance(average, AveragedModel):
             average = average.module
         if not isinstance(average, pl.LightningModule):
             continue
-        if sum(1 for _ in average.parameters()) != wanted:
+        if _layers(average) != wanted:
             raise QawareError(
                 f"{type(callback).__name__}: copied {type(pl_module).__name__} before its layers were built, "
                 "and would average nothing; build them in __init__"
             )
         yield average
+
+
+def _layers(pl_module: pl.LightningModule) -> int:
+    """How many parameters the layers have, without scales that are learned."""
+    return sum("_fake_quantizer." not in name for name, _ in pl_module.named_parameters())
 
 
 def expect_override() -> None:

@@ -80,6 +80,8 @@ class PostTrainingQuantization(QuantizationCallback):
             raise QawareError(f"calibration_batches: {calibration_batches} must be at least 1")
         if calibration is not None:
             require_loader(calibration)
+        if self.recipe.rounds:  # so that two roundings of one recipe are two models in a table
+            self.label += f" {self.recipe.rounding_label}"
         self.calibration = calibration
         self.calibration_batches = calibration_batches
         self._plan: Plan | None = None

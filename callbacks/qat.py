@@ -22,7 +22,8 @@ from qaware.callbacks.restoring import add_missing_keys, apply_plan, require_in_
 from qaware.callbacks.state import KEY, get_state, require_same_recipe
 from qaware.callbacks.strategies import refuse_flat, require_prepared
 from qaware.engines.base import float_bytes
-from qaware.engines.fake_quant import is_rounding, set_fake_quant
+from qaware.engines.fake_quant import is_rounding, set_fake_quant, set_softness
+from qaware.engines.learned import begin_alike, begin_grids, grids
 from qaware.errors import QawareError
 from qaware.exporters.check import require_legal
 from qaware.observers import all_reduce, observers
@@ -61,6 +62,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         freeze_batch_norm_step: int | None = None,
         convert: bool = True,
         distillation: float = 0.0,
+        anneal_steps: int = 0,
     ) -> None:
         """
         Args:
@@ -81,12 +83,16 @@ class QuantizationAwareTraining(QuantizationCallback):
             convert: convert, score and export at the end of fit.
             distillation: share of the loss, 0 to 1, that is the divergence from the outputs of the float
                 model of ``start_step``, instead of your own loss.
+            anneal_steps: optimizer steps from ``start_step`` in which the rounding hardens little by little
+                (PARQ, Jin et al. 2025, arXiv:2503.15748); what is converted is always rounded.
         """
         super().__init__(
             recipe, target, export, output_dir, score, score_batches, metrics, on_failure, engine
         )
         if start_step < 0:
             raise QawareError(f"start_step: {start_step} must be 0 or more")
+        if anneal_steps < 0:
+            raise QawareError(f"anneal_steps: {anneal_steps} must be 0 or more")
         steps = {
             "freeze_observers_step": freeze_observers_step,
             "freeze_batch_norm_step": freeze_batch_norm_step,
@@ -97,6 +103,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.start_step = start_step
         self.freeze_observers_step = freeze_observers_step
         self.freeze_batch_norm_step = freeze_batch_norm_step
+        self.anneal_steps = anneal_steps
         self.convert = convert
         self._teacher = Distillation(distillation, target)
         self.distillation = self._teacher.weight
@@ -241,11 +248,28 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Flags as a function of the step alone, so that a resume lands where it left."""
         step = trainer.global_step
         set_fake_quant(pl_module, step >= self.start_step)
+        set_softness(pl_module, self._softness(step))
+        if step >= self.start_step and self.recipe.learning != "none":
+            self._begin_grids(trainer, pl_module)
         frozen = self.freeze_observers_step is not None and step >= self.freeze_observers_step
         for observer in observers(pl_module):
             observer.observing = observing and not frozen
         if observing and self.freeze_batch_norm_step is not None and step >= self.freeze_batch_norm_step:
             freeze_batch_norm(find_target(pl_module, self.target))
+
+    def _begin_grids(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Not in a forward pass, which may be of an average that a validation has swapped in."""
+        if all(grid.known for grid in grids(pl_module)):
+            return
+        begin_grids(pl_module)
+        for average in averages(trainer, pl_module):
+            begin_alike(pl_module, average)
+
+    def _softness(self, step: int) -> float:
+        """From 1 at ``start_step`` down to 0 when the annealing is over."""
+        if not self.anneal_steps:
+            return 0.0
+        return min(1.0, 1.0 - (step - self.start_step) / self.anneal_steps)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert, score and export a copy."""
@@ -258,6 +282,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if not self._begun and not self._was_rounding:  # ended before start_step
             self._measure_float(trainer, pl_module)
         set_fake_quant(pl_module, True)
+        set_softness(pl_module, 0.0)
         share_statistics(pl_module)
         prepared = detached_copy(pl_module)
         pipeline = self.make_pipeline(trainer, self._task)

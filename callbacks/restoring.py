@@ -19,6 +19,7 @@ from qaware.callbacks.state import (
 )
 from qaware.engines.choose import engine_for
 from qaware.engines.fake_quant import set_fake_quant
+from qaware.engines.learned import learn_grids
 from qaware.errors import QawareError
 from qaware.layout import Layout
 from qaware.plan import Plan
@@ -28,7 +29,9 @@ from qaware.recipe import Recipe
 def apply_plan(pl_module: pl.LightningModule, plan: Plan, target: str | None) -> None:
     """Prepare the planned layers for training and remember how."""
     refuse_several_passes(plan)
-    engine_for(plan).prepare(find_target(pl_module, target), plan)
+    model = find_target(pl_module, target)
+    engine_for(plan).prepare(model, plan)
+    learn_grids(model, plan)
     set_state(pl_module, QuantizationState(PREPARED, plan, target))
 
 

@@ -72,13 +72,24 @@ def require_same_recipe(
     if saved.hash != recipe.hash:
         raise QawareError(
             f"{name}: was prepared under recipe {saved.name!r} ({saved.hash}), now it is {recipe.name!r} "
-            f"({recipe.hash}); give that recipe, or start from a float {name}"
+            f"({recipe.hash}){_difference(saved, recipe)}; give that recipe, or start from a float {name}"
         )
     if saved_target != target:
         raise QawareError(
             f"{name}: was prepared with target {saved_target!r}, now it is {target!r}; give that target, or "
             f"start from a float {name}"
         )
+
+
+def _difference(saved: Recipe, recipe: Recipe) -> str:
+    """The first rule whose grid is another one, with both."""
+    for theirs, ours in zip(saved.rules, recipe.rules, strict=False):
+        if theirs != ours:
+            grids = [
+                f"{rule.label} {rule.scheme.label if rule.scheme else 'float'}" for rule in (theirs, ours)
+            ]
+            return f": {grids[0]} there, {grids[1]} here"
+    return ""
 
 
 def require_trainable(pl_module: pl.LightningModule) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qaware.engines.base import QuantizedModel
     from qaware.errors import ParityError, QawareError, RuntimeDiedError
     from qaware.layers import LayerReport, layer_report
+    from qaware.mixed.api import search, sensitivity
     from qaware.plan import Decision, Plan
     from qaware.recipe import Recipe, Rule, recipe_names
     from qaware.scheme import Scheme
@@ -51,6 +52,8 @@ _HOME = {
     "prepare": "qaware.callbacks.prepared",
     "quantize": "qaware.api",
     "recipe_names": "qaware.recipe",
+    "search": "qaware.mixed.api",
+    "sensitivity": "qaware.mixed.api",
 }
 
 __all__ = [
@@ -73,6 +76,8 @@ __all__ = [
     "prepare",
     "quantize",
     "recipe_names",
+    "search",
+    "sensitivity",
 ]
 
 

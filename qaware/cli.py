@@ -49,6 +49,14 @@ def make_parser() -> ArgumentParser:
     check = _parser("Match recipes and ask the runtimes what they cannot hold, without training.")
     _add_experiment(check)
     commands.add_subcommand("check", check, help="what would happen to every parameter, and what cannot work")
+    sensitivity = _parser("Rank the layers of a recipe by the nats that quantizing each alone costs.")
+    _add_experiment(sensitivity)
+    _add_sensitivity(sensitivity)
+    commands.add_subcommand("sensitivity", sensitivity, help="what quantizing each layer alone costs")
+    search = _parser("Find a scheme for each layer within a budget, then export and score it.")
+    _add_experiment(search)
+    _add_search(search)
+    commands.add_subcommand("search", search, help="find a mixed-precision recipe")
     report = _parser("Rebuild table, plot and report from the results.jsonl of a run folder.")
     report.add_argument(
         "folder", type=str, help="a run folder, or the folder of an experiment's runs (newest)"
@@ -91,6 +99,37 @@ def _add_evaluate(parser: ArgumentParser) -> None:
         "--window", type=int, default=None, help="tokens in a window; default as when exported"
     )
     parser.add_argument("--max-windows", type=int, default=None, help="score so many windows or images")
+
+
+def _add_sensitivity(parser: ArgumentParser) -> None:
+    parser.add_argument("--recipe", type=str, help="default: the first of the experiment")
+    parser.add_argument(
+        "--method", type=str, default="exact", help="exact (measured), estimate (from gradients) or both"
+    )
+    parser.add_argument("--out", type=str, metavar="FOLDER", help="of table and plot; default: the run's")
+    _add_measured(parser)
+
+
+def _add_search(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget", type=str, required=True, help="4.5bpw, bytes=120000 (of the model) or d_nats=0.05"
+    )
+    parser.add_argument("--bits", type=str, default="2,3,4,5,6,8", help="widths to choose from, e.g. 3,4,8")
+    parser.add_argument("--base", type=str, metavar="RECIPE", help="default: the experiment's first")
+    parser.add_argument(
+        "--method", type=str, default="exact", help="a layer's cost: exact (measured) or estimate (gradients)"
+    )
+    parser.add_argument("--out", type=str, metavar="FILE", help="the recipe; default: recipe.yaml of the run")
+    parser.add_argument("--train", action="store_true", help="train what was found, by the file's finetune")
+    parser.add_argument("--seed", type=int, default=None, help="default: the experiment's")
+    _add_measured(parser)
+
+
+def _add_measured(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--windows", type=int, default=32, help="validation windows or batches that layers are measured on"
+    )
+    parser.add_argument("--checkpoint", type=str, help="weights of the float model, instead of its training")
 
 
 def _run(options: Namespace) -> int:
@@ -137,6 +176,46 @@ def _check(options: Namespace) -> int:
             scheme = decision.scheme.label if decision.scheme else "float"
             tie = f"; tied to {decision.tied_to}" if decision.tied_to else ""
             print(f"  {decision.parameter:<58} {scheme:<28} {decision.reason}{tie}")
+    return 0
+
+
+def _sensitivity(options: Namespace) -> int:
+    from qaware.config import load_config
+    from qaware.experiment import read_experiment
+    from qaware.mixed.run import SensitivityRun
+    from qaware.report.sensitivity import print_sensitivity
+
+    experiment = read_experiment(load_config(options.config, options.trust or []))
+    run = SensitivityRun(
+        experiment, options.recipe, options.method, options.windows, options.out, options.checkpoint
+    )
+    with _quiet_trainers():
+        run.execute()
+    print_sensitivity(run.result, f"{experiment.name}: {run.result.recipe}")
+    print(f"table and plot: {run.out}")
+    return 0
+
+
+def _search(options: Namespace) -> int:
+    from qaware.config import load_config
+    from qaware.experiment import read_experiment
+    from qaware.mixed.budget import Budget
+    from qaware.mixed.choices import parse_widths
+    from qaware.mixed.run import SearchRun
+    from qaware.mixed.search import Settings
+    from qaware.report.search import search_lines
+    from qaware.report.table import print_table
+
+    settings = Settings(Budget.parse(options.budget), parse_widths(options.bits), method=options.method)
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    experiment = read_experiment(load_config([*options.config, *seed], options.trust or []))
+    measured = options.windows, options.out, options.checkpoint
+    run = SearchRun(experiment, settings, options.base, *measured, train=options.train)
+    with _quiet_trainers():
+        run.execute()
+    print_table(run.ledger.rows, experiment.name)
+    print("\n".join(search_lines(run.found)))
+    print(f"recipe: {run.path}\nreport: {run.folder / 'report.md'}")
     return 0
 
 
@@ -191,6 +270,8 @@ def _overlay(options: Namespace) -> int:
 COMMANDS: dict[str, Callable[[Any], int]] = {
     "run": _run,
     "check": _check,
+    "sensitivity": _sensitivity,
+    "search": _search,
     "report": _report,
     "evaluate": _evaluate,
     "recipes": _recipes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,10 @@ class Quantize:
     """Name of a recipe, or path of a YAML file."""
     rules: list[dict[str, Any]] = field(default_factory=list)
     """Rules in front of the recipe's own, as ``qaware check`` proposes them."""
+    rounding: Any = None
+    """PTQ: how integers are chosen, e.g. ``gptq``, in place of the recipe's own ``rounding``."""
+    learning: str | None = None
+    """QAT: ``none``, ``lsq`` or ``range``, in place of the recipe's own ``learning``."""
     methods: list[str] = field(default_factory=lambda: ["ptq"])
     """``ptq``, ``qat`` or both."""
     export: list[str] = field(default_factory=list)
@@ -45,13 +50,18 @@ class Quantize:
     """QAT: optimizer step from which batch norms use their running statistics, which no longer move."""
     distillation: float = 0.0
     """QAT: share of the loss, 0 to 1, that is the divergence from the float model instead of the own loss."""
+    anneal_steps: int = 0
+    """QAT: optimizer steps from ``start_step`` in which the rounding hardens little by little."""
     calibration_batches: int | None = None
     """PTQ of static activations: batches that are observed, an error where there are fewer; null: to 32."""
 
     def load_recipe(self) -> Recipe:
-        """The recipe with ``rules`` in front."""
+        """The recipe with ``rules`` in front and what else is given in place of its own."""
         recipe = Recipe.load(self.recipe)
-        return recipe.prepend(*map(Rule.from_dict, self.rules)) if self.rules else recipe
+        if self.rules:
+            recipe = recipe.prepend(*map(Rule.from_dict, self.rules))
+        given = {"rounding": self.rounding, "learning": self.learning}
+        return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qaware.adapters import ADAPTER, Place, find_places, from_peft
@@ -55,26 +57,32 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
                 dropped=place.dropped or (ADAPTER if from_peft(module) else None),
                 obstacle=place.obstacle,
             )
-            decisions.append(_decide(recipe, undecided))
-    return Plan(recipe, tuple(decisions))
+            decisions.append(undecided)
+    _refuse_dead_blocks(recipe, _block_counts(decisions))
+    return Plan(recipe, _decided(recipe, decisions))
 
 
 def rematch(plan: Plan, recipe: Recipe) -> Plan:
     """The parameters of ``plan`` under another recipe."""
-    return Plan(recipe, tuple(_decide(recipe, decision) for decision in plan.decisions))
+    return Plan(recipe, _decided(recipe, plan.decisions))
 
 
-def _decide(recipe: Recipe, decision: Decision) -> Decision:
-    scheme, reason = _scheme_for(recipe, decision)
+def _decided(recipe: Recipe, decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+    counts = _block_counts(decisions)
+    return tuple(_decide(recipe, decision, counts) for decision in decisions)
+
+
+def _decide(recipe: Recipe, decision: Decision, counts: Mapping[str, int]) -> Decision:
+    scheme, reason = _scheme_for(recipe, decision, counts)
     problem = None if scheme is None else decision.obstacle or indivisible(scheme, decision.width)
     return dataclasses.replace(decision, scheme=scheme, reason=reason, problem=problem)
 
 
-def _scheme_for(recipe: Recipe, decision: Decision) -> tuple[Scheme | None, str]:
+def _scheme_for(recipe: Recipe, decision: Decision, counts: Mapping[str, int]) -> tuple[Scheme | None, str]:
     kind, parameter = decision.type, decision.parameter.rpartition(".")[2]
     if decision.dropped is not None:
         return None, decision.dropped
-    rule = next((r for r in recipe.rules if _matches(r, decision)), None)
+    rule = next((r for r in recipe.rules if _matches(r, decision, counts)), None)
     if rule is None:
         return None, f"no rule matches (type {kind})"
     if rule.scheme is None:
@@ -89,13 +97,42 @@ def _scheme_for(recipe: Recipe, decision: Decision) -> tuple[Scheme | None, str]
     return rule.scheme, f"rule {rule.label}"
 
 
-def _matches(rule: Rule, decision: Decision) -> bool:
+def _matches(rule: Rule, decision: Decision, counts: Mapping[str, int]) -> bool:
     names = {decision.module, decision.module if decision.alias is None else decision.alias}
     return (
         (rule.role is None or rule.role == decision.role)
         and (rule.type is None or rule.type == decision.type)
         and (rule.name is None or any(fnmatch.fnmatchcase(name, rule.name) for name in names))
+        and (rule.blocks is None or _in_blocks(rule.blocks, decision.module, counts))
     )
+
+
+def _block(module: str) -> tuple[str, int] | None:
+    """The list that a module's block is in and its number there: the first number in its name."""
+    found = re.search(r"(?:^|(?<=\.))\d+(?=\.|$)", module)
+    return None if found is None else (module[: found.start()], int(found.group()))
+
+
+def _block_counts(decisions: Iterable[Decision]) -> dict[str, int]:
+    """How many blocks each list has, by its name."""
+    counts: dict[str, int] = {}
+    for place in filter(None, (_block(decision.module) for decision in decisions)):
+        counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
+    return counts
+
+
+def _in_blocks(blocks: tuple[int, ...], module: str, counts: Mapping[str, int]) -> bool:
+    place = _block(module)
+    return place is not None and (place[1] in blocks or place[1] - counts[place[0]] in blocks)
+
+
+def _refuse_dead_blocks(recipe: Recipe, counts: Mapping[str, int]) -> None:
+    most = max(counts.values(), default=0)
+    for rule in recipe.rules:
+        dead = [block for block in rule.blocks or () if not -most <= block < most]
+        if dead:
+            has = f"{most} numbered blocks" if most else "no numbered blocks, such as layers.0"
+            raise QawareError(f"blocks: {dead[0]} is none of this model, which has {has}; give others")
 
 
 def _type_name(module: nn.Module) -> str:

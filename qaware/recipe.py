@@ -127,6 +127,11 @@ class Recipe:
         return parse_steps(self.rounding)
 
     @property
+    def rounding_label(self) -> str:
+        """The steps for tables and file names, e.g. ``awq+gptq``."""
+        return "+".join(step.name for step in self.steps if step.name != "rtn") or "rtn"
+
+    @property
     def rounds(self) -> bool:
         """Whether ``rounding`` is anything but round to nearest, which the fake-quantizers do themselves."""
         return any(step.name != "rtn" for step in self.steps)

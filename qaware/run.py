@@ -136,6 +136,7 @@ class Run:
             freeze_observers_step=entry.freeze_observers_step,
             freeze_batch_norm_step=entry.freeze_batch_norm_step,
             distillation=entry.distillation,
+            anneal_steps=entry.anneal_steps,
         )
         self._connect(qat, Comparison(CONTROL, ptq.label))
         qat.float_model = ptq.float_model

@@ -11,7 +11,10 @@ from qaware.errors import QawareError
 ACTIVATIONS = ("none", "int8-dynamic", "int8-static")
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 OBSERVERS = ("minmax", "moving-average", "histogram", "percentile", "mse")
+LEVELS = ("all", "ternary", "stretched")
 FLOAT16_BITS = 16
+_TERNARY_BITS = 2
+_STRETCHED_BITS = 3
 _DEFAULTS = (0, "none", True, "float32")
 
 
@@ -38,6 +41,10 @@ class Scheme:
     per_tensor: bool = False
     """One scale for the whole weight, as 8-bit kernels without a scale for each channel need. For
     ``int8-static`` only."""
+    levels: str = "all"
+    """Which values of the width are used: ``all``; ``ternary``, of 2 bits -1, 0 and 1 times the scale; or
+    ``stretched``, for 1 to 3 bits as many levels below zero as above and none at zero, e.g. -1.5, -0.5, 0.5
+    and 1.5 times the scale (stretched elastic quantization, ParetoQ, Liu et al. 2025, arXiv:2502.02631)."""
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or not (1 <= self.bits <= 8 or self.bits == FLOAT16_BITS):
@@ -67,6 +74,20 @@ class Scheme:
                 "per_tensor: true is for activation: int8-static without group_size; "
                 "elsewhere a scale for each channel costs nothing, so leave per_tensor out"
             )
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        _one_of("levels", self.levels, LEVELS)
+        if self.levels == "all":
+            return
+        widths = (_TERNARY_BITS,) if self.levels == "ternary" else tuple(range(1, _STRETCHED_BITS + 1))
+        if self.bits not in widths:
+            legal = " or ".join(map(str, widths))
+            raise QawareError(
+                f"levels: {self.levels!r} is for bits: {legal}, not {self.bits}; leave levels out"
+            )
+        if not self.symmetric:
+            raise QawareError(f"levels: {self.levels!r} has no zero point; use symmetric: true")
 
     @property
     def is_float(self) -> bool:
@@ -74,8 +95,24 @@ class Scheme:
         return self.bits == FLOAT16_BITS
 
     @property
+    def is_stretched(self) -> bool:
+        """Whether the levels lie between the integers."""
+        return self.levels == "stretched"
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of the integers that stand for the levels. Those of stretched levels are odd, on half the
+        scale (-3, -1, 1 and 3 for 2 bits), so any kernel that has one more bit holds them."""
+        return self.bits + 1 if self.is_stretched else self.bits
+
+    @property
     def range(self) -> tuple[int, int]:
-        """Smallest and largest integer that a weight may take, e.g. (-8, 7) for 4 bits."""
+        """Smallest and largest integer that stands for a weight, e.g. (-8, 7) for 4 bits, (-1, 1) for ternary
+        and (-3, 3) for 2 stretched bits."""
+        if self.levels == "ternary":
+            return -1, 1
+        if self.is_stretched:
+            return -(2**self.bits - 1), 2**self.bits - 1
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
     @property
@@ -94,7 +131,10 @@ class Scheme:
         if self.is_float:
             return "float16"
         unit = f"g{self.group_size}" if self.group_size else "tensor" if self.per_tensor else "channel"
-        grid = f"int{self.bits} {unit}"
+        width = {"ternary": "ternary", "stretched": f"int{self.bits} stretched"}.get(
+            self.levels, f"int{self.bits}"
+        )
+        grid = f"{width} {unit}"
         grid += "" if self.symmetric else " asym"
         if self.activation == "none":
             return grid

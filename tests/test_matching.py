@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from qaware.errors import QawareError
+from qaware.matching import rematch
 from qaware.plan import Plan
 from qaware.recipe import Recipe, Rule
 from qaware.scheme import Scheme
@@ -156,3 +157,47 @@ def test_a_reparametrized_layer_stays_float_and_is_reported() -> None:
     assert made.quantized.keys() == {"1"}
     reasons = {d.parameter: d.reason for d in made.skipped}
     assert "Linear under a reparametrization" in reasons["0.weight_orig"]
+
+
+def numbered() -> nn.Module:
+    model = nn.Module()
+    model.embed = nn.Embedding(8, 32)
+    model.encoder = nn.ModuleList(
+        nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)) for _ in range(3)
+    )
+    model.decoder = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+    return model
+
+
+def in_blocks(*blocks: int) -> list[str]:
+    rules = (Rule(Scheme(8), blocks=blocks, type="Linear"), Rule(Scheme(4), type="Linear"))
+    plan = Recipe("r", rules).match(numbered())
+    return [n for n, d in plan.quantized.items() if d.scheme == Scheme(8)]
+
+
+def test_blocks_are_counted_in_each_list_and_from_its_end() -> None:
+    assert in_blocks(0, -1) == [
+        "encoder.0.0",
+        "encoder.0.2",
+        "encoder.2.0",
+        "encoder.2.2",
+        "decoder.0",
+        "decoder.3",
+    ]
+    assert in_blocks(-2) == ["encoder.1.0", "encoder.1.2", "decoder.2"]
+    assert in_blocks(3) == ["decoder.3"]
+
+
+def test_blocks_match_again_under_another_recipe() -> None:
+    model = numbered()
+    first = Recipe("r", (Rule(Scheme(4), type="Linear"),)).match(model)
+    other = Recipe("r", (Rule(Scheme(8), blocks=(-1,)), Rule(Scheme(4), type="Linear")))
+    assert rematch(first, other).quantized == other.match(model).quantized
+
+
+@pytest.mark.parametrize(
+    ("model", "has"), [(numbered(), "4 numbered blocks"), (nn.Linear(2, 2), "no numbered")]
+)
+def test_a_block_that_is_not_there_is_an_error(model: nn.Module, has: str) -> None:
+    with pytest.raises(QawareError, match=f"^blocks: -5 is none of this model, which has {has}"):
+        Recipe("r", (Rule(Scheme(8), blocks=(-5, 0)),)).match(model)

@@ -149,3 +149,27 @@ def test_prepended_rules_win() -> None:
 
 def test_label_of_a_rule() -> None:
     assert Rule(None, role="head", type="Linear", name="*.x").label == "role=head type=Linear name=*.x"
+
+
+def test_learning_and_blocks_are_kept_and_change_the_hash_only_where_they_are_used() -> None:
+    plain = {"name": "r", "rules": [{"type": "Linear", "scheme": {"bits": 4}}]}
+    made = Recipe.from_dict({**plain, "learning": "lsq"})
+    assert Recipe.from_dict(made.to_dict()) == made
+    assert "learning" not in Recipe.from_dict(plain).to_dict()
+    assert Recipe.from_dict({**plain, "learning": "none"}).hash == Recipe.from_dict(plain).hash != made.hash
+    blocks = Recipe.from_dict({"rules": [{"blocks": [0, -1], "scheme": {"bits": 8}}]})
+    assert blocks.rules[0].label == "blocks=0,-1"
+    assert Recipe.from_dict(blocks.to_dict()) == blocks
+    with pytest.raises(QawareError, match=r"^learning: 'all' is not one of none, lsq, range$"):
+        Recipe.from_dict({**plain, "learning": "all"})
+
+
+@pytest.mark.parametrize("blocks", [[], 0, "first", [True], [0.5]])
+def test_blocks_are_whole_numbers(blocks: object) -> None:
+    with pytest.raises(QawareError, match=r"^blocks: .* must be a list of whole numbers, e\.g\. \[0, -1\]$"):
+        Recipe.from_dict({"rules": [{"blocks": blocks, "type": "Linear"}]})
+
+
+def test_the_hash_of_a_shipped_recipe_stays() -> None:
+    """Checkpoints of earlier versions hold it."""
+    assert Recipe.load("int8-dynamic-int4-weight").hash == "d084eb88499fd89a"

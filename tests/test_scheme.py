@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -125,3 +126,41 @@ def test_block_is_the_group_or_the_whole_row() -> None:
 def test_importing_it_does_not_import_torch() -> None:
     code = "import sys, qaware.scheme, qaware.recipe, qaware.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "integers", "stored", "label"),
+    [
+        ({"bits": 2, "levels": "ternary", "group_size": 32}, (-1, 1), 2, "ternary g32"),
+        ({"bits": 1, "levels": "stretched"}, (-1, 1), 2, "int1 stretched channel"),
+        ({"bits": 2, "levels": "stretched"}, (-3, 3), 3, "int2 stretched channel"),
+        ({"bits": 3, "levels": "stretched"}, (-7, 7), 4, "int3 stretched channel"),
+        ({"bits": 3}, (-4, 3), 3, "int3 channel"),
+    ],
+)
+def test_levels(fields: dict, integers: tuple[int, int], stored: int, label: str) -> None:
+    scheme = Scheme(**fields)
+    assert (scheme.range, scheme.stored_bits, scheme.label) == (integers, stored, label)
+    assert scheme.to_dict() == fields
+    assert scheme.weight.levels == scheme.levels
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 2, "levels": "binary"}, "levels: 'binary' is not one of all, ternary, stretched"),
+        (
+            {"bits": 4, "levels": "stretched"},
+            "levels: 'stretched' is for bits: 1 or 2 or 3, not 4; leave levels",
+        ),
+        ({"bits": 3, "levels": "ternary"}, "levels: 'ternary' is for bits: 2, not 3; leave levels out"),
+        ({"bits": 16, "levels": "ternary"}, "levels: 'ternary' is for bits: 2, not 16; leave levels out"),
+        (
+            {"bits": 2, "levels": "ternary", "symmetric": False},
+            "levels: 'ternary' has no zero point; use symm",
+        ),
+    ],
+)
+def test_illegal_levels_say_what_is_legal(fields: dict, message: str) -> None:
+    with pytest.raises(QawareError, match=f"^{re.escape(message)}"):
+        Scheme(**fields)

@@ -55,7 +55,7 @@ def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = 
         _require_graph_runtime(runtimes)
         if plan.recipe.rounds:
             raise QawareError(
-                f"engine: 'graph' rounds to nearest only, the recipe says rounding: {plan.recipe.rounding!r}; "
+                f"engine: 'graph' rounds to nearest only, recipe says rounding: {plan.recipe.rounding!r}; "
                 "use engine: eager, or auto"
             )
     if any(is_sharded(m) for m in model.modules()) and (convolutions or wanted in ("eager", "graph")):
@@ -70,7 +70,8 @@ def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = 
     if not convolutions and (obstacle := _unlaid(plan, model, runtimes)):
         return Choice("modules", obstacle)
     alone = len(runtimes) == 1 and runtimes[0] in _GRAPH_RUNTIMES
-    if static and alone and not has_stubs(model) and not plan.recipe.rounds:
+    plain = not plan.recipe.rounds and plan.recipe.learning == "none"
+    if static and alone and not has_stubs(model) and plain:
         return Choice("graph", f"{runtimes[0]} alone, by the quantizer that is made for it")
     return Choice("eager", f"integers that {', '.join(runtimes)} hold alike" if runtimes else "integers")
 

@@ -20,6 +20,7 @@ from torchao.quantization.quant_primitives import (
     choose_qparams_affine_with_min_max,
 )
 
+from qaware.engines.levels import fake_quantize, low_bit_scale, quantize, rounding_range, soften
 from qaware.errors import QawareError
 from qaware.observers import KINDS
 from qaware.scheme import Scheme
@@ -27,7 +28,6 @@ from qaware.scheme import Scheme
 INT8 = (-128, 127)
 # The reciprocal of a smaller scale is infinite in float16, and makes NaN of a row of zeros.
 _SMALLEST_FLOAT16 = 2.0**-15
-
 
 _SMALLEST_SHARE = 2.0**-12
 _SMALLEST_KERNEL_SCALE = 1e-30
@@ -68,8 +68,9 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
         """
         Args:
             scheme: the weight's.
-            narrow: leave out the smallest integer of a symmetric weight. Where activations are integers too,
-                kernels of some CPUs add two products in 16 bits, and -128 times -128 twice does not fit.
+            narrow: leave out the smallest integer of a symmetric weight. Where activations are integers
+                too, kernels of some CPUs add two products in 16 bits, and -128 times -128 twice does not
+                fit.
         """
         granularity = PerGroup(scheme.group_size) if scheme.group_size else PerAxis(0)
         precision = getattr(torch, scheme.scale_dtype)
@@ -84,24 +85,54 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
             )
         )
         self.scheme = scheme
-        lowest, highest = scheme.range
         self.narrow = narrow
-        self.integers = (-highest if narrow and scheme.symmetric and scheme.bits > 1 else lowest, highest)
+        self.integers = rounding_range(scheme, narrow)
+        self.fixed: tuple[Tensor, Tensor] | None = None
+        """Scale and zero point that a rounding method has chosen, each (rows, width / block), instead of
+        those that follow from the weight; see :mod:`qaware.rounding`."""
+        self.learned: Any = None
+        """What trains scale and zero point, a :class:`qaware.engines.learned.LearnedGrid`, or None."""
+        self.softness: Tensor | None = None
+        """While the rounding is annealed, how much is left of what it takes away, a scalar; see
+        :func:`qaware.engines.levels.soften`. A tensor: a compiled forward pass takes numbers for fixed."""
         self.mark(scheme.bits)
 
-    def forward(self, x: Tensor, grid: Tensor | None = None) -> Tensor:
-        """Same shape and dtype as ``x``, which is clipped to the range of ``grid`` where one is given: scale
-        and zero point are chosen for that tensor then, not for ``x``."""
-        if x.shape[1] == 1:  # as of a 1x1 convolution of one channel; torchao takes no group of one
-            return self.forward(x.expand(-1, 2), None if grid is None else grid.expand(-1, 2))[:, :1]
-        if self.enabled:
-            self.scale, self.zero_point = self._qparams(x if grid is None else grid)
-        rounded: Tensor = super().forward(x)
-        return rounded
+    def forward(self, x: Tensor, grid: Tensor | None = None, unit: Tensor | None = None) -> Tensor:
+        """Same shape and dtype as ``x``, which is clipped to the range of ``grid`` where one is given:
+        scale and zero point are chosen for that tensor then, not for ``x``. Learned scales are multiplied
+        by ``unit`` (rows, 1)."""
+        if not self.enabled:
+            return x + self.learned.idle().to(x.dtype) if self._waits() else x
+        scale, zero_point = self._qparams(x if grid is None else grid, unit)
+        # What is kept is copied with the model, which nothing in an autograd graph can be.
+        self.scale, self.zero_point = scale.detach(), zero_point.detach()
+        hard = fake_quantize(x, scale, zero_point, self.scheme, self.integers)
+        return hard if self.softness is None else soften(x, hard, self.scale, self.softness)
 
-    def _qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point (int32), each (rows, width / block)."""
+    def to_integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The integers that ship of ``x``, int8 (rows, width), on the grid of the last forward pass, and
+        their scale, float32 (rows, width / block)."""
+        return quantize(x, self.scale, self.zero_point, self.scheme, self.integers)
+
+    def _waits(self) -> bool:
+        return self.learned is not None and torch.is_grad_enabled()
+
+    def _qparams(self, x: Tensor, unit: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, each (rows, width / block)."""
+        if self.fixed is not None:
+            return self.fixed
+        if self.learned is not None:
+            learned: tuple[Tensor, Tensor] = self.learned.qparams(x, self, unit)
+            return learned
+        return self.chosen(x)
+
+    def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point (int32) that follow from ``x``, each (rows, width / block)."""
         config = self.config
+        if self.scheme.levels != "all":
+            rows = x.reshape(1, -1) if self.scheme.per_tensor else x
+            scale = self.legal(low_bit_scale(rows, self.scheme)).expand(len(x), -1)
+            return scale, torch.zeros_like(scale, dtype=torch.int32)
         block = tuple(x.shape) if self.scheme.per_tensor else (1, self.scheme.block(x.shape[1]))
         scale, zero_point = choose_qparams_affine(
             x, config.mapping_type, block, torch.int8, *self.integers, config.eps, config.scale_precision
@@ -111,6 +142,12 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
         if self.scheme.per_tensor:  # the same one for every row
             return scale.reshape(1, 1).expand(len(x), 1), zero_point.reshape(1, 1).expand(len(x), 1)
         return scale.reshape(len(x), -1), zero_point.reshape(len(x), -1)
+
+    def legal(self, scale: Tensor) -> Tensor:
+        """``scale`` in the precision that ships, neither zero nor too small for the kernels."""
+        smallest = self.config.eps or torch.finfo(torch.float32).eps
+        scale = scale.clamp(min=smallest).to(self.config.scale_precision)
+        return _not_dead(scale) if self.narrow else scale
 
 
 class TokenFakeQuantizer(IntxFakeQuantizer):
@@ -223,8 +260,8 @@ def activation_fake_quantizer(scheme: Scheme) -> nn.Module | None:
 
 
 def integer_dtype(scheme: Scheme) -> torch.dtype:
-    """torch.int1 to torch.int8: the name of the range, not the storage."""
-    dtype: torch.dtype = getattr(torch, f"int{scheme.bits}")
+    """torch.int1 to torch.int8: the name of the range of the integers that ship, not the storage."""
+    dtype: torch.dtype = getattr(torch, f"int{scheme.stored_bits}")
     return dtype
 
 
@@ -233,6 +270,18 @@ def set_fake_quant(model: nn.Module, enabled: bool) -> None:
     for module in model.modules():
         if isinstance(module, (IntxFakeQuantizer, Float16FakeQuantizer, StaticFakeQuantizer)):
             module.enabled = enabled
+
+
+def set_softness(model: nn.Module, softness: float) -> None:
+    """How soft every weight's rounding is, from 1 (none) to 0 (all of it)."""
+    for module in model.modules():
+        if isinstance(module, WeightFakeQuantizer):
+            if softness <= 0:
+                module.softness = None
+            elif module.softness is None:
+                module.softness = torch.tensor(softness)
+            else:
+                module.softness.fill_(softness)
 
 
 def is_rounding(model: nn.Module) -> bool:

@@ -50,9 +50,9 @@ class GraphWeightFakeQuantizer(WeightFakeQuantizer, FakeQuantizeBase):
         self.quant_min, self.quant_max = self.integers
         self.qscheme = torch.per_tensor_symmetric if scheme.per_tensor else torch.per_channel_symmetric
 
-    def forward(self, x: Tensor, grid: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Tensor | None = None, unit: Tensor | None = None) -> Tensor:
         """Same shape and dtype as ``x`` (rows, ...)."""
-        return super().forward(x.flatten(1), grid).view_as(x)
+        return super().forward(x.flatten(1), grid, unit).view_as(x)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the last forward pass, (rows,)."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torchao.quantization import IntxUnpackedToInt8Tensor
 from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 
 from qaware.adapters import from_peft
@@ -21,7 +20,6 @@ from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
 from qaware.engines.fake_quant import (
     StaticFakeQuantizer,
     activation_fake_quantizer,
-    integer_dtype,
     set_fake_quant,
     weight_fake_quantizer,
 )
@@ -195,17 +193,9 @@ def _quantize(module: Any, weight: Tensor, scheme: Scheme) -> QuantizedWeight:
 
 def integers_of(weight: Tensor, quantizer: Any, scheme: Scheme) -> QuantizedWeight:
     """The integers of ``weight`` (rows, width) on the scales that a weight's fake-quantizer used last."""
+    # By the arithmetic of training, in its precision: torchao divides by a bfloat16 scale in bfloat16, and a
+    # float32 division would choose another integer now and then.
+    data, scale = quantizer.to_integers(weight)
     blocks = (weight.shape[0], -1)
-    # Rounded with the scale in the precision of training: torchao divides by a bfloat16 scale in
-    # bfloat16, and a float32 division would choose another integer now and then.
-    scale = quantizer.scale.detach().reshape(blocks)
-    zero_point = quantizer.zero_point.detach().to(torch.int8).reshape(blocks)
-    integers = IntxUnpackedToInt8Tensor.from_hp(
-        weight,
-        (1, scheme.block(weight.shape[1])),
-        integer_dtype(scheme),
-        intx_choose_qparams_algorithm=None,
-        custom_scale=scale,
-        custom_zero_point=zero_point,
-    )
-    return QuantizedWeight(integers.qdata, scale.float(), None if scheme.symmetric else zero_point, scheme)
+    zero_point = None if scheme.symmetric else quantizer.zero_point.detach().to(torch.int8).reshape(blocks)
+    return QuantizedWeight(data, scale.reshape(blocks), zero_point, scheme)

@@ -85,8 +85,17 @@ class FakeQuantizedLayer(nn.Module):
 
     def rounded(self, weight: Tensor) -> Tensor:
         """``weight`` on its grid, same shape."""
-        rows: Tensor = self.weight_fake_quantizer(weight.flatten(1))
+        rows: Tensor = self.weight_fake_quantizer(weight.flatten(1), unit=self._unit())
         return rows.view(weight.shape)
+
+    def _unit(self) -> Tensor | None:
+        """What a learned scale is multiplied by, (rows, 1): with a norm that is folded the weight grows and
+        shrinks, by its running statistics, faster than a scale is trained."""
+        quantizer = self.weight_fake_quantizer
+        if not self.norm or quantizer.learned is None or quantizer.scheme.per_tensor:
+            return None
+        factor = self._factor().abs()
+        return factor.where(factor > _SMALLEST_FACTOR, 1.0).unsqueeze(1)
 
     def rounded_bias(self, bias: Tensor | None) -> Tensor | None:
         """``bias`` (rows,) in whole units of the products, input scale times weight scale, as integer kernels
@@ -104,7 +113,7 @@ class FakeQuantizedLayer(nn.Module):
         norm = self.norm[0] if self.norm else None
         if norm is not None and not self.weight_fake_quantizer.enabled:
             bias = None if self.bias is None else self.bias.float()
-            plain: Tensor = norm.normalize(self.product(x, self.weight.float(), bias)).float()
+            plain: Tensor = norm.normalize(self.product(x, self.rounded(self.weight.float()), bias)).float()
             return plain
         if norm is not None and norm.training:
             return self._with_batch_statistics(x, norm)

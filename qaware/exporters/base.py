@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
 from qaware.exporters.artifact import Artifact
+from qaware.exporters.grids import require_grids
 from qaware.exporters.signature import Signature
 from qaware.files import atomic, sha256
 from qaware.plan import Decision, Plan
@@ -124,11 +125,12 @@ class Exporter(abc.ABC):
             metadata: kept in the sidecar.
 
         Raises:
-            QawareError: the package is missing, the disk is full, or the runtime's tools refuse the
-                model (their message is carried over).
+            QawareError: the package is missing, the disk is full, the plan is of other grids than the
+                integers, or the runtime's tools refuse the model (their message is carried over).
         """
         if problem := self.missing():
             raise QawareError(problem)
+        require_grids(quantized)
         signature.validate(example)
         work = copy.deepcopy(quantized)
         with atomic(path) as temporary:

@@ -122,5 +122,6 @@ def _candidates(decision: Decision) -> Iterator[Scheme]:
     ):
         observer = wanted.observer if activation == wanted.activation else "minmax"
         per_tensor = wanted.per_tensor and activation == wanted.activation and group == 0
-        yield Scheme(bits, group, activation, symmetric, dtype, observer, per_tensor)
+        levels = wanted.levels if bits == wanted.bits and symmetric else "all"
+        yield Scheme(bits, group, activation, symmetric, dtype, observer, per_tensor, levels)
     yield Scheme(FLOAT16_BITS)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qaware.engines.base import QuantizedModel
 from qaware.engines.integer import Float16Embedding, Float16Linear, StaticLinear
@@ -38,6 +39,8 @@ _GUARDED = 16
 """The batch size at which torch's choice of a convolution changes (``use_mkldnn`` in Convolution.cpp)."""
 _EMBEDDING_BITS = (2, 4, 8)
 """Kernels ``quantized_decomposed::embedding_{2bit,4bit,byte}`` of the runtime."""
+_LINEAR_BITS = (4, 8)
+"""XNNPACK's kernels ``qb4w``, ``qc4w`` and ``qc8w``."""
 
 
 class ExecuTorchExporter(Exporter):
@@ -68,6 +71,9 @@ class ExecuTorchExporter(Exporter):
             chosen.append("float16 linear layers multiply float16 activations; between layers it is float32")
         if any(d.scheme and d.scheme.is_static and d.scheme.bits < 8 for d in plan.quantized.values()):
             chosen.append("weights of layers with static activations take 8 bits each, whatever their width")
+        widened = sorted({wide for d in plan.quantized.values() if (wide := _widened(d))})
+        if widened:
+            chosen.append(f"weights take the width of their kernels: {', '.join(widened)}")
         if any(d.tied_to for d in plan.quantized.values()):
             chosen.append("an embedding and a head that share a weight are stored twice")
         return tuple(chosen)
@@ -97,6 +103,7 @@ class ExecuTorchExporter(Exporter):
         with _bare_root_logger():
             from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 
+            _fit_kernels(quantized)
             program = _exported(quantized.module, example, signature)
             edge = to_edge_transform_and_lower(program, partitioner=[_partitioner()])
             _require_sizes(program, edge.exported_program())
@@ -157,11 +164,12 @@ def _with_whole_biases(quantized: QuantizedModel) -> nn.Module:
 
 def _refuse_embedding(scheme: Scheme, width: int) -> str | None:
     """``width`` is embedding_dim. Any group and zero points are held; scales are stored in float32."""
-    if scheme.bits not in _EMBEDDING_BITS:
+    bits = _kernel_bits(scheme, _EMBEDDING_BITS)
+    if bits != scheme.bits and scheme.levels == "all":
         return f"int{scheme.bits} embeddings have no kernel; 2, 4 and 8 bits have one"
-    share = 8 // scheme.bits
+    share = 8 // bits
     if width % share:
-        return f"int{scheme.bits} embeddings put {share} weights in a byte, which does not divide {width}"
+        return f"int{bits} embeddings put {share} weights in a byte, which does not divide {width}"
     return None
 
 
@@ -176,19 +184,44 @@ def _refuse_static(scheme: Scheme) -> str | None:
 def _refuse_weight(scheme: Scheme, width: int) -> str | None:
     """Of a linear layer with dynamic activations; ``width`` is in_features."""
     block = scheme.block(width)
-    if scheme.bits not in (4, 8):
-        return f"int{scheme.bits} linear layers have no kernel on XNNPACK; 4 and 8 bits have one"
+    bits = _kernel_bits(scheme, _LINEAR_BITS)
+    if bits == 8 and scheme.bits < 8:
+        return f"int{scheme.bits} linear layers have no kernel on XNNPACK; up to 4 bits and 8 bits have one"
     if not scheme.symmetric:
         return "asymmetric weights of linear layers lose their zero points on XNNPACK, silently"
-    if scheme.bits == 8 and scheme.group_size:
+    if bits == 8 and scheme.group_size:
         return "int8 linear layers have one scale per channel on XNNPACK, no groups"
-    if scheme.bits == 4 and block % _BLOCK:
+    if bits == 4 and block % _BLOCK:
         return f"int4 linear layers need groups that are a multiple of {_BLOCK} on XNNPACK, not {block}"
-    if scheme.bits == 4 and scheme.scale_dtype != "bfloat16":
+    if bits == 4 and scheme.scale_dtype != "bfloat16":
         return (
             f"XNNPACK stores int4 scales as bfloat16, which would change {scheme.scale_dtype} ones silently"
         )
     return None
+
+
+def _kernel_bits(scheme: Scheme, kernels: tuple[int, ...]) -> int:
+    """Bits of the narrowest kernel that holds the scheme's integers."""
+    return next(bits for bits in kernels if bits >= scheme.stored_bits)
+
+
+def _widened(decision: Decision) -> str | None:
+    """The scheme's width and that of its kernel, where these differ."""
+    scheme = decision.scheme
+    if scheme is None or scheme.is_float or scheme.is_static:
+        return None
+    bits = _kernel_bits(scheme, _EMBEDDING_BITS if decision.type == "Embedding" else _LINEAR_BITS)
+    return None if bits == scheme.bits else f"{scheme.bits} bits take {bits}"
+
+
+def _fit_kernels(quantized: QuantizedModel) -> None:
+    """Integers of other widths say that they are those of the narrowest kernel that holds them, in place."""
+    for name, decision in quantized.plan.quantized.items():
+        weight = getattr(quantized.module.get_submodule(name), "weight", None) if _widened(decision) else None
+        if isinstance(weight, IntxUnpackedToInt8Tensor):
+            assert decision.scheme is not None
+            kernels = _EMBEDDING_BITS if decision.type == "Embedding" else _LINEAR_BITS
+            weight.target_dtype = getattr(torch, f"int{_kernel_bits(decision.scheme, kernels)}")
 
 
 class _HalfLinear(Float16Linear):

@@ -23,20 +23,22 @@ from qaware.engines.fake_quant import INT8, integer_dtype
 from qaware.engines.static_integer import IntegerLayer
 from qaware.errors import QawareError
 from qaware.plan import Decision
+from qaware.scheme import Scheme
 
 PLANES = (4, 2, 1)
 
 
-def pack(data: Tensor, bits: int) -> dict[int, Tensor]:
-    """int8 (rows, width) in the range of ``bits`` to planes by their bits, the lowest bits first.
+def pack(data: Tensor, scheme: Scheme) -> dict[int, Tensor]:
+    """int8 (rows, width) in the range of ``scheme`` to planes by their bits, the lowest bits first.
 
-    Codes in a plane count from the smallest integer of the range; 8 bits stay the int8 they are.
+    Codes in a plane count from the smallest integer of the range, stretched ones, which are odd, by twos; 8
+    bits stay the int8 they are.
     """
-    if bits == 8:
+    if scheme.bits == 8:
         return {8: data.contiguous()}
-    codes = (data + 2 ** (bits - 1)).to(torch.uint8)
+    codes = ((data - scheme.range[0]) // (2 if scheme.is_stretched else 1)).to(torch.uint8)
     planes = {}
-    for plane in (p for p in PLANES if bits & p):
+    for plane in (p for p in PLANES if scheme.bits & p):
         planes[plane] = fold(codes & (2**plane - 1), plane)
         codes = codes >> plane
     return planes
@@ -81,9 +83,12 @@ class PackedWeight(nn.Module):
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         self.scheme, self.width = weight.scheme, weight.data.shape[1]
-        planes = pack(weight.data, self.scheme.bits)
+        planes = pack(weight.data, self.scheme)
         self.planes = tuple(planes)
-        self.offset = 0 if 8 in planes else -self.scheme.range[0]
+        self.step = 2 if self.scheme.is_stretched else 1
+        """From one integer to the next."""
+        self.offset = 0 if 8 in planes else -self.scheme.range[0] / self.step
+        """The code of zero, between two codes where the levels are stretched."""
         for plane, packed in planes.items():
             self.register_buffer(f"plane{plane}", packed)
         self.register_buffer("scale", _exact(weight))
@@ -103,12 +108,14 @@ class PackedWeight(nn.Module):
 
     def integers(self) -> Tensor:
         """int8 (rows, width): what was packed."""
-        return (_join(self.codes(), self.width) - self.offset).to(torch.int8)
+        return ((_join(self.codes(), self.width) - self.offset) * self.step).to(torch.int8)
 
     def dequantize(self, rows: Tensor | None = None) -> Tensor:
         """float32 (rows, width), or (*rows.shape, width) for the given rows only."""
         parts = self.codes(rows)
         scale = _pick(self.scale, rows).float()
+        if self.step > 1:
+            scale = scale * self.step
         zero = torch.zeros_like(scale) if self.zero_point is None else _pick(self.zero_point, rows).float()
         if scale.shape[-1] > 1 and scale.shape[-1] % len(parts):
             parts = [_join(parts, self.width)]

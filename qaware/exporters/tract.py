@@ -68,9 +68,13 @@ class TractExporter(Exporter):
             chosen.append("activations in float32: no int8 range is applied; weights keep their integers")
         if any(s.bits < 8 for s in static):
             chosen.append("weights of layers with static activations take 8 bits each, whatever their width")
-        if any(s.bits <= Q40_BITS for s in others):
+        if any(s.stored_bits <= Q40_BITS for s in others):
             chosen.append("up to 4 bits take 4.5 bits a weight (Q4_0)")
-        if any(Q40_BITS < s.bits <= 8 for s in others):
+        if any(s.levels == "ternary" for s in others):
+            chosen.append(
+                "tract's ternary block (Q2_0_T) is not read from NNEF files: ternary takes Q4_0 too"
+            )
+        if any(Q40_BITS < s.stored_bits <= 8 for s in others):
             chosen.append("5 to 8 bits take int8 in the file and float32 once loaded")
         return tuple(chosen)
 
@@ -79,7 +83,7 @@ class TractExporter(Exporter):
         scheme = decision.scheme
         if scheme is not None and scheme.is_static:
             return _refuse_static(scheme)
-        if scheme is None or scheme.bits > Q40_BITS:
+        if scheme is None or scheme.stored_bits > Q40_BITS:
             return None
         if not scheme.symmetric:
             return f"{scheme.label} has zero points, which Q4_0 has not; use symmetric: true, or bits: 8"

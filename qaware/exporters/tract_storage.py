@@ -82,7 +82,7 @@ def _misused(layer: str, how: str) -> QawareError:
 
 
 def _is_packed(weight: QuantizedWeight) -> bool:
-    return weight.scheme.bits <= Q40_BITS
+    return weight.scheme.stored_bits <= Q40_BITS
 
 
 def _store(graph: Graph, op: Operation, stored: Stored) -> dict[str, bytes]:

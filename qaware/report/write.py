@@ -13,6 +13,7 @@ from qaware.files import write_text
 from qaware.report.layers import worst_html, worst_section
 from qaware.report.ledger import Row, read_rows
 from qaware.report.plot import plot_loss
+from qaware.report.rounding import rounding_html, rounding_section
 from qaware.report.table import cells, footnotes, markdown
 
 RESULTS, PLOT, REPORT = "results.jsonl", "loss.png", "report.md"
@@ -32,10 +33,11 @@ def write_report(folder: Path, rows: Sequence[Row] | None = None) -> Path:
     about = _about(folder)
     title = f"qaware: {about.get('name', folder.name)}"
     plotted = plot_loss(rows, folder / PLOT, about.get("name", folder.name))
-    layers = worst_section(folder)
+    layers = [*worst_section(folder), *rounding_section(folder)]
     write_text(folder / REPORT, _markdown(title, rows, about, plotted, layers))
     image = folder / PLOT if plotted else None
-    write_text(folder / "report.html", _html(title, rows, about, image, worst_html(folder)))
+    tables = worst_html(folder) + rounding_html(folder)
+    write_text(folder / "report.html", _html(title, rows, about, image, tables))
     return folder / REPORT
 
 

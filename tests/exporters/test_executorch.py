@@ -188,7 +188,8 @@ def missing_linears(weights: dict[str, QuantizedWeight], made: Made, folder: Pat
     return [n for n in linears if not any(same(weights[n], *s) for s in stored)]
 
 
-LEGAL = ["int8-dynamic", "int8-dynamic-int4-weight", "float16"]
+LOW = ["int3-weight", "int2-weight", "ternary-weight"]
+LEGAL = ["int8-dynamic", "int8-dynamic-int4-weight", "float16", *LOW]
 
 
 @pytest.mark.parametrize("recipe", LEGAL)
@@ -313,7 +314,6 @@ REFUSED = [
     (nn.Linear(64, 8), {**INT4, "scale_dtype": "float32"}, "bfloat16", "int4 g32 + int8-dynamic"),
     (nn.Linear(64, 8), {**CHANNEL, "scale_dtype": "float16"}, "bfloat16", "int4 channel + int8-dynamic"),
     (nn.Linear(64, 8), {**INT8, "group_size": 32}, "no groups", "int8 channel + int8-dynamic"),
-    (nn.Linear(64, 8), {**INT4, "bits": 3}, "int3 linear", "int4 g32 + int8-dynamic"),
     (nn.Linear(64, 8), {**INT8, "bits": 6}, "int6 linear", "int8 channel + int8-dynamic"),
     (nn.Linear(64, 8), {**STATIC, "symmetric": False}, "zero points", "int8 channel + int8-static"),
     (nn.Embedding(50, 64), {"bits": 3}, "int3 embeddings", "int4 channel"),
@@ -337,7 +337,7 @@ def test_refusals_name_the_layer_and_the_nearest_choice(
         require_legal(plan, [EXPORTER])
 
 
-@pytest.mark.parametrize("case", [4, 8, 13], ids=lambda i: REFUSED[i][2])
+@pytest.mark.parametrize("case", [4, 8, 12], ids=lambda i: REFUSED[i][2])
 def test_what_else_is_refused_cannot_be_lowered(tmp_path: Path, case: int) -> None:
     layer, scheme, *_ = REFUSED[case]
     with pytest.raises(QawareError, match=r"^executorch: export failed: [^\n]*$"):

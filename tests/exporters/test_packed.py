@@ -76,13 +76,13 @@ def test_integers_come_back_and_values_are_exact(bits: int, width: int, group: i
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_weight_takes_its_bits(bits: int) -> None:
     weight = random_weight(Scheme(bits), 3, 64, 0)
-    planes = pack(weight.data, bits)
+    planes = pack(weight.data, weight.scheme)
     assert sum(p.numel() for p in planes.values()) == 3 * 64 * bits // 8
     assert {p.dtype for p in planes.values()} == {torch.int8 if bits == 8 else torch.uint8}
 
 
 def test_a_byte_of_four_bits_holds_distant_columns() -> None:
-    (plane,) = pack(torch.tensor([[-8, 7, 0, 1]], dtype=torch.int8), 4).values()
+    (plane,) = pack(torch.tensor([[-8, 7, 0, 1]], dtype=torch.int8), Scheme(4)).values()
     assert plane.tolist() == [[0 + 16 * 8, 15 + 16 * 9]]
 
 
