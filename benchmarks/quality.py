@@ -13,8 +13,9 @@ from typing import Any
 from benchmarks.case import Case, quiet
 from benchmarks.quality_cases import stories, text_model
 from benchmarks.quality_mixed import mixed
-from benchmarks.quality_ptq import gptq_in_tract, ladder, order, smoothing
+from benchmarks.quality_ptq import gptq_in_tract, ladder, order
 from benchmarks.quality_qat import int4, two_bits
+from benchmarks.quality_smooth import smoothing
 from benchmarks.rows import Row, table, write
 from qaware import machine
 

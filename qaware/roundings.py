@@ -2,6 +2,11 @@
 
 A rounding is one name, or a list of steps in the order in which they run: first what folds scales into other
 layers (``smoothquant``, ``awq``), then one that chooses the integers, then ``bias-correction``.
+
+With calibration data take ``gptq`` as it is, without any ``mse``. Share of the loss of round to nearest, in nats,
+that each wins back on a language model of 0.26 million parameters, linear layers in groups of 32 with bfloat16
+scales: at 4 bits percentile 10, hqq 17, mse 26, gptq 68 and gptq with ``signed`` 70 percent; at 3 bits hqq 21,
+mse 34 and gptq 73.
 """
 
 from __future__ import annotations
@@ -39,9 +44,13 @@ class Mse(Step):
     name: ClassVar[str] = "mse"
     candidates: int = 64
     """Scales that are tried for each group of weights."""
+    signed: bool = False
+    """Try scales below zero too, which turn the longer side of a range such as -8 to 7 to where it is needed.
+    tract and AOTInductor take them, ExecuTorch does not."""
 
     def __post_init__(self) -> None:
         _at_least("rounding.mse.candidates", self.candidates, 2)
+        _is_bool("rounding.mse.signed", self.signed)
 
 
 @dataclass(frozen=True)
@@ -73,20 +82,31 @@ class Gptq(Step):
 
     name: ClassVar[str] = "gptq"
     needs_data: ClassVar[bool] = True
-    damping: float = 0.01
+    damping: float = 0.1
     """Share of the mean diagonal that is added to the Hessian's diagonal."""
-    act_order: bool = True
-    """Columns with the largest inputs first."""
+    act_order: bool = False
+    """Columns with the largest inputs first. Scales are then those of the weight as it was; else they are
+    found when a group's turn comes, with the errors that it has taken over."""
     block: int = 128
     """Columns whose errors are passed on at once."""
     scales: str = "mse"
     """How a group's scale is found: ``mse`` or ``minmax``."""
+    signed: bool = False
+    """Try scales below zero too; see :class:`Mse`."""
+    polish: int = 3
+    """How often each integer is looked at again when the others are known, with the scales fitted in
+    between."""
+    correct: bool = True
+    """Match the float model's output rather than that of the float weight for the inputs that earlier
+    rounding left. Holds a float copy of the model meanwhile, and runs it beside."""
 
     def __post_init__(self) -> None:
         _between("rounding.gptq.damping", self.damping, 0.0, 1.0)
         _at_least("rounding.gptq.block", self.block, 1)
         _one_of("rounding.gptq.scales", self.scales, ("mse", "minmax"))
-        _is_bool("rounding.gptq.act_order", self.act_order)
+        for key in ("act_order", "signed", "correct"):
+            _is_bool(f"rounding.gptq.{key}", getattr(self, key))
+        _at_least("rounding.gptq.polish", self.polish, 0)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,15 @@ class Run:
         data = build("data", experiment.data, pl.LightningDataModule)
         check_plans(experiment, model)
         self._train_float(model, data)
+        self._quantize_all(model, data)
+
+    def _quantize_all(self, model: pl.LightningModule, data: pl.LightningDataModule) -> None:
+        """Every entry of the experiment, by its methods, and the float control where one trains.
+
+        Raises:
+            QawareError: the first failure of an artifact, when all is done.
+        """
+        experiment = self.experiment
         base, label = model, FLOAT
         if experiment.uses_qat:
             base, label = self._train_control(model, data), CONTROL

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from qaware.engines.activation_fake_quant import StaticFakeQuantizer
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
 from qaware.engines.eager_layout import is_static, lay_out, layout_of, other_layers, own_layers
 from qaware.engines.example import Example
-from qaware.engines.fake_quant import StaticFakeQuantizer, set_fake_quant
+from qaware.engines.fake_quant import set_fake_quant
 from qaware.engines.modules import ModulesEngine, leave_fast_path
 from qaware.engines.operations import Operation, add_operation, add_scope, remove_scope
 from qaware.engines.static_convert import choose_integers, read_grids

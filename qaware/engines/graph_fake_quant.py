@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
+from qaware.engines.activation_fake_quant import INT8, StaticFakeQuantizer, TokenFakeQuantizer
 from qaware.engines.base import ActivationRange, QuantizedWeight
-from qaware.engines.fake_quant import INT8, StaticFakeQuantizer, TokenFakeQuantizer, WeightFakeQuantizer
+from qaware.engines.weight_fake_quant import WeightFakeQuantizer
 from qaware.scheme import Scheme
 
 _FLAGS = ("fake_quant_enabled", "observer_enabled")

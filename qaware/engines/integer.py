@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from qaware.engines.activation_fake_quant import INT8
 from qaware.engines.base import ActivationRange, QuantizedWeight
-from qaware.engines.fake_quant import INT8, integer_dtype
+from qaware.engines.weight_fake_quant import integer_dtype
 from qaware.plan import Decision
 
 

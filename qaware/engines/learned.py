@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.quant_primitives import _Round
 
-from qaware.engines.fake_quant import WeightFakeQuantizer
 from qaware.engines.levels import shrink
 from qaware.engines.static_layers import FakeQuantizedLayer
+from qaware.engines.weight_fake_quant import WeightFakeQuantizer
 from qaware.errors import QawareError
 from qaware.plan import Plan
 from qaware.sharded import is_sharded

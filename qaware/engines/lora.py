@@ -25,7 +25,7 @@ from torchao.quantization.qat import FakeQuantizedLinear
 
 from qaware.adapters import successor
 from qaware.engines.base import QuantizedModel
-from qaware.engines.fake_quant import Float16FakeQuantizer
+from qaware.engines.weight_fake_quant import Float16FakeQuantizer
 from qaware.errors import QawareError
 from qaware.plan import Plan
 from qaware.sharded import set_class

@@ -16,14 +16,11 @@ from torch.nn.utils import prune
 from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
 
 from qaware.adapters import from_peft
+from qaware.engines.activation_fake_quant import StaticFakeQuantizer, activation_fake_quantizer
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
-from qaware.engines.fake_quant import (
-    StaticFakeQuantizer,
-    activation_fake_quantizer,
-    set_fake_quant,
-    weight_fake_quantizer,
-)
+from qaware.engines.fake_quant import set_fake_quant
 from qaware.engines.integer import become_integer
+from qaware.engines.weight_fake_quant import weight_fake_quantizer
 from qaware.errors import QawareError
 from qaware.plan import Decision, Plan
 from qaware.scheme import Scheme

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaware.engines.fake_quant import StaticFakeQuantizer, WeightFakeQuantizer
+from qaware.engines.activation_fake_quant import StaticFakeQuantizer
 from qaware.engines.operations import activate, unwatched
+from qaware.engines.weight_fake_quant import WeightFakeQuantizer
 from qaware.layout import LayerSite
 from qaware.scheme import Scheme
 

@@ -75,7 +75,9 @@ def _merged(problems: Sequence[Problem]) -> list[str]:
 
 def _other_recipes(plan: Plan, exporters: Sequence[Exporter]) -> str:
     """The named recipes that every exporter can hold as they are."""
-    legal = [name for name in recipe_names() if not check(rematch(plan, Recipe.load(name)), exporters)]
+    # Those with a rounding of their own have the schemes of others.
+    named = {name: recipe for name in recipe_names() if not (recipe := Recipe.load(name)).rounds}
+    legal = [name for name, recipe in named.items() if not check(rematch(plan, recipe), exporters)]
     return f"; legal as they are: {', '.join(legal)}" if legal else ""
 
 

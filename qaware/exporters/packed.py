@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from qaware.engines.activation_fake_quant import INT8
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
-from qaware.engines.fake_quant import INT8, integer_dtype
 from qaware.engines.static_integer import IntegerLayer
+from qaware.engines.weight_fake_quant import integer_dtype
 from qaware.errors import QawareError
 from qaware.plan import Decision
 from qaware.scheme import Scheme

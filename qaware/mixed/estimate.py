@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaware.engines.fake_quant import weight_fake_quantizer
+from qaware.engines.weight_fake_quant import weight_fake_quantizer
 from qaware.errors import QawareError
 from qaware.mixed.weights import Schemes, StoredWeight
 from qaware.tasks import ClassificationTask, LanguageTask, Task

@@ -30,7 +30,7 @@ from qaware.pipeline import Progress
 from qaware.plan import Plan
 from qaware.report.search import plot_frontier
 from qaware.report.sensitivity import write_sensitivity
-from qaware.run import CONTROL, FLOAT, Run
+from qaware.run import FLOAT, Run
 from qaware.tasks import Task
 
 
@@ -165,21 +165,7 @@ class SearchRun(MeasuredRun):
         )
         entry = dataclasses.replace(self.after.quantize[0], recipe=str(self.path))
         self.experiment = dataclasses.replace(self.after, quantize=[entry])
-        self._quantize_found(entry, model, data)
-
-    def _quantize_found(
-        self, entry: Quantize, model: pl.LightningModule, data: pl.LightningDataModule
-    ) -> None:
-        base, label = model, FLOAT
-        if self.experiment.uses_qat:
-            base, label = self._train_control(model, data), CONTROL
-        ptq = self._ptq(entry, base, data, label)
-        results = [ptq.result]
-        if self.experiment.uses_qat:
-            results.append(self._qat(entry, model, data, ptq).result)
-        failures = [error for r in results if r for error in r.failures.values()]
-        if failures and self.experiment.on_failure == "raise":
-            raise failures[0]
+        self._quantize_all(model, data)
 
 
 def entry_of(experiment: Experiment, recipe: str | None) -> Quantize:

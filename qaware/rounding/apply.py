@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaware.engines.fake_quant import Float16FakeQuantizer, set_fake_quant
+from qaware.copying import deep_copy
+from qaware.engines.fake_quant import set_fake_quant
+from qaware.engines.weight_fake_quant import Float16FakeQuantizer
 from qaware.plan import Plan
 from qaware.rounding import rtn
 from qaware.rounding.base import Chosen, shipped_weight, write
@@ -16,7 +18,7 @@ from qaware.rounding.bias_correction import correct_bias
 from qaware.rounding.grid import Grid
 from qaware.rounding.kinds import CHOOSERS, FOLDERS
 from qaware.rounding.moments import Moments
-from qaware.rounding.recording import Recording, groups_in_order, replay
+from qaware.rounding.recording import Group, Recording, groups_in_order, replay
 from qaware.rounding.report import RoundedLayer, RoundingReport
 from qaware.rounding.ties import find_ties
 from qaware.roundings import Rtn
@@ -49,8 +51,8 @@ def round_weights(
 ) -> RoundingReport:
     """Choose the integers of every quantized layer of a prepared ``model``, in place.
 
-    With data the layers are taken in the order in which they run, each with what the layers before it, already
-    rounded, let through; only the sums of the layers that take the same tensor are held at a time.
+    With data the layers are taken in the order in which they run, each with what the layers before it,
+    already rounded, let through; only the sums of the layers that take the same tensor are held at a time.
 
     Args:
         model: prepared and calibrated, in evaluation mode.
@@ -62,8 +64,9 @@ def round_weights(
     """
     set_fake_quant(model, True)
     ties = find_ties(model, plan)
+    twin = _float_copy(model) if recording is not None and _looks_beside(plan) else None
     layers: list[RoundedLayer] = []
-    for names, seen in _turns(model, plan, recording, ties):
+    for names, seen in _turns(model, plan, recording, ties, twin):
         for name in names:
             line = _round_layer(model, plan, name, ties.get(name, ()), seen.get(name))
             layers += _lines(line, ties.get(name, ()), parted or {}, notes or {})
@@ -71,8 +74,23 @@ def round_weights(
     return RoundingReport(tuple(layers))
 
 
+def _looks_beside(plan: Plan) -> bool:
+    """Whether a step compares with the float model."""
+    return any(step.stage == 2 or getattr(step, "correct", False) for step in plan.recipe.steps)
+
+
+def _float_copy(model: nn.Module) -> nn.Module:
+    twin = deep_copy(model)
+    set_fake_quant(twin, False)
+    return twin
+
+
 def _turns(
-    model: nn.Module, plan: Plan, recording: Recording | None, ties: dict[str, tuple[str, ...]]
+    model: nn.Module,
+    plan: Plan,
+    recording: Recording | None,
+    ties: dict[str, tuple[str, ...]],
+    twin: nn.Module | None,
 ) -> Iterator[tuple[Sequence[str], Seen]]:
     """The layers that are rounded together, in order, with the moments of what enters them."""
     followers = {other for others in ties.values() for other in others}
@@ -87,28 +105,46 @@ def _turns(
     tied = [n for n in names if n in ties]
     if tied:
         set_fake_quant(model, False)
-        seen = _observe(model, recording, tied, False)
+        seen = _observe(model, recording, Group(tuple(tied), False), None)
         set_fake_quant(model, True)
         yield tied, seen
     late = [n for n in names if n not in early and n not in ties]
     groups = groups_in_order(model, recording, late)
     for group in groups:
-        yield group.names, _observe(model, recording, group.names, group.once)
+        yield group.names, _observe(model, recording, group, twin)
     unseen = [n for n in late if all(n not in group.names for group in groups)]
     if unseen:
         yield unseen, {}
 
 
-def _observe(model: nn.Module, recording: Recording, names: Sequence[str], once: bool) -> Seen:
+def _observe(model: nn.Module, recording: Recording, group: Group, twin: nn.Module | None) -> Seen:
     """The moments of each layer's input; linear layers that take the same tensor share them."""
-    modules = {n: model.get_submodule(n) for n in names if not isinstance(model.get_submodule(n), nn.Embedding)}
-    together = once and all(isinstance(m, nn.Linear) for m in modules.values())
+    modules = {n: m for n in group.names if not isinstance(m := model.get_submodule(n), nn.Embedding)}
+    together = group.once and all(isinstance(m, nn.Linear) for m in modules.values())
     watched = list(modules)[:1] if together else list(modules)
-    seen = {name: Moments(modules[name]) for name in watched}
-    replay(model, recording, list(modules), lambda n, x: seen[n].look(x) if n in seen else None, once)
+    seen = {name: Moments(modules[name], twin is not None) for name in watched}
+    for call in recording:
+        exact: dict[str, list[Tensor]] = {name: [] for name in watched}
+        if twin is not None:
+            replay(twin, [call], watched, _keep_in(exact), group.once)
+        replay(model, [call], watched, _look_with(seen, exact), group.once)
     for name, moments in seen.items():
         moments.reduce(name)
     return dict.fromkeys(modules, seen[watched[0]]) if together else seen
+
+
+def _keep_in(exact: dict[str, list[Tensor]]) -> Callable[[str, Tensor], None]:
+    return lambda name, x: exact[name].append(x.clone())  # as the model may go on to change it in place
+
+
+def _look_with(seen: Seen, exact: dict[str, list[Tensor]]) -> Callable[[str, Tensor], None]:
+    return lambda name, x: seen[name].look(x, _same(exact[name], x))
+
+
+def _same(exact: list[Tensor], x: Tensor) -> Tensor | None:
+    """What entered in the same place of the float model; it may have sent other samples there."""
+    found = exact.pop(0) if exact else None
+    return found if found is not None and found.shape == x.shape else None
 
 
 def _is_float16(model: nn.Module, name: str) -> bool:
@@ -129,10 +165,11 @@ def _round_layer(
         write(model.get_submodule(other), chosen)
     note = chosen.note
     if any(step.stage == 2 for step in plan.recipe.steps):
-        said = correct_bias(layer, chosen.weight - weight, moments)
+        said = correct_bias(layer, weight, chosen.weight, moments)
         note = "; ".join(text for text in (note, said) if text)
-    method = "+".join(step.name for step in plan.recipe.steps)
-    error, rtn_error = (_error(weight, c, moments) for c in (chosen, nearest))
+    method = plan.recipe.rounding_label
+    target = weight if chosen.target is None else chosen.target
+    error, rtn_error = (_error(target, c, moments) for c in (chosen, nearest))
     return RoundedLayer(name, method, error, rtn_error, note=note)
 
 

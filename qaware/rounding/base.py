@@ -13,6 +13,8 @@ from qaware.rounding.grid import Grid
 from qaware.rounding.moments import Moments
 from qaware.rounding.recording import Recording
 
+_SMALLEST_FACTOR = 1e-12
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -26,6 +28,8 @@ class Chosen:
     """int32, the shape of ``scale``."""
     note: str = ""
     """Why it was chosen in another way than asked for, if it was."""
+    target: Tensor | None = None
+    """float32 (rows, width), what was rounded, where it is not the weight of the layer."""
 
 
 class Chooser(Protocol):
@@ -61,7 +65,7 @@ class Folder(Protocol):
 def shipped_weight(layer: Any) -> Tensor:
     """The weight of a prepared layer as it ships, float32 (rows, width)."""
     folded = layer.folded()[0] if hasattr(layer, "folded") else layer.weight
-    weight: Tensor = folded.detach().float().flatten(1)
+    weight: Tensor = folded.detach().float().flatten(1).clone()  # as writing changes the layer in place
     return weight
 
 
@@ -71,13 +75,9 @@ def write(layer: Any, chosen: Chosen) -> None:
     fake-quantizer keeps the scales, on which rounding to nearest gives these integers again."""
     weight = chosen.weight.view(layer.weight.shape)
     if getattr(layer, "norm", ()):  # what is left of it is multiplied by the folded batch norm's factor
-        factor = layer._factor()
-        usable = factor.abs() > _SMALLEST_FACTOR
-        unfolded = layer._scaled(weight, torch.where(usable, 1 / factor, 0.0))
-        weight = torch.where(layer._scaled(torch.ones_like(weight), factor).abs() > _SMALLEST_FACTOR, unfolded, layer.weight.float())
+        factor = layer._scaled(torch.ones_like(weight), layer._factor())
+        # A channel that the norm switches off stays as it is.
+        weight = torch.where(factor.abs() > _SMALLEST_FACTOR, weight / factor, layer.weight.float())
     layer.weight.data.copy_(weight)
     precision = getattr(torch, layer.weight_fake_quantizer.scheme.scale_dtype)
     layer.weight_fake_quantizer.fixed = (chosen.scale.to(precision), chosen.zero_point)
-
-
-_SMALLEST_FACTOR = 1e-12

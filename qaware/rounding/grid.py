@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchao.quantization.quant_primitives import _fake_quantize_affine
 
+from qaware.engines.levels import fake_quantize
 from qaware.scheme import Scheme
-
-_SMALLEST = 1e-10
 
 
 class Grid:
@@ -28,30 +26,46 @@ class Grid:
         self.scheme: Scheme = quantizer.scheme
         self.integers: tuple[int, int] = quantizer.integers
         """Smallest and largest integer."""
-        self.offset = 0.5 if getattr(self.scheme, "levels", "all") == "stretched" else 0.0
+        self.offset = 0.5 if self.scheme.is_stretched else 0.0
         """Half a step where the levels lie between integers."""
+        low, high = self.integers
+        self.lopsided = self.scheme.symmetric and not self.offset and low != -high
+        """Whether a scale below zero is another grid: its longer side is the other one."""
 
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32) that follow from ``weight`` by itself, each
         (rows, width / block)."""
-        scale, zero_point = self.quantizer._qparams(weight)
+        scale, zero_point = self.quantizer.chosen(weight)
         return scale.float(), zero_point.to(torch.int32)
 
     def legal(self, scale: Tensor) -> Tensor:
-        """``scale`` in the precision that ships; never zero, so that dividing by it is safe."""
-        rounded = scale.to(getattr(torch, self.scheme.scale_dtype)).float()
-        return torch.where(rounded.abs() < _SMALLEST, _smallest(self.scheme), rounded)
+        """``scale`` in the precision that ships, never zero; float32."""
+        legal: Tensor = self.quantizer.legal(scale.abs())
+        return torch.where(scale < 0, -legal.float(), legal.float())
 
     def round(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """The nearest values to ``weight`` (rows, columns) of a scale and zero point (rows, columns / block)."""
-        block = (1, weight.shape[1] // scale.shape[1])
-        shift = (self.offset * scale).repeat_interleave(block[1], dim=1)
-        rounded: Tensor = _fake_quantize_affine(
-            weight - shift, block, scale, zero_point, torch.int32, *self.integers
-        )
-        return rounded + shift
+        """The nearest values to ``weight`` (rows, columns) of a scale and zero point (rows, columns /
+        block)."""
+        return fake_quantize(weight, scale, zero_point, self.scheme, self.integers)
 
+    def blocks(self, weight: Tensor) -> Tensor:
+        """The weights that share one scale, (blocks, weights of a block)."""
+        return weight.reshape(1 if self.scheme.per_tensor else -1, self._size(weight))
 
-def _smallest(scheme: Scheme) -> float:
-    """Of float16 the smallest scale whose reciprocal is finite."""
-    return 2.0**-15 if scheme.scale_dtype == "float16" else _SMALLEST
+    def unblock(self, qparam: Tensor, weight: Tensor) -> Tensor:
+        """A scale or zero point of each block (blocks, 1) as (rows, width / block), for the whole of
+        ``weight``."""
+        return qparam.expand(len(weight), 1) if self.scheme.per_tensor else qparam.reshape(len(weight), -1)
+
+    def widest(self, weight: Tensor) -> Tensor:
+        """The legal scale of the largest absolute value, for ``weight`` (blocks, weights of a block):
+        (blocks, 1). With zero points that of the whole range from the smallest to the largest."""
+        low, high = self.integers
+        if self.scheme.symmetric:
+            reach = 2 * weight.abs().amax(1, keepdim=True)
+        else:
+            reach = weight.amax(1, keepdim=True).clamp(min=0) - weight.amin(1, keepdim=True).clamp(max=0)
+        return self.legal(reach / (high - low))
+
+    def _size(self, weight: Tensor) -> int:
+        return weight.numel() if self.scheme.per_tensor else self.scheme.block(weight.shape[1])

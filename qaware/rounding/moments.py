@@ -18,10 +18,21 @@ class Moments:
     For a convolution a row is one patch; a grouped one has its own rows for each group.
     """
 
-    reduction: ClassVar[dict[str, str]] = {"count": "sum", "total": "sum", "products": "sum"}
+    reduction: ClassVar[dict[str, str]] = {
+        "count": "sum",
+        "total": "sum",
+        "products": "sum",
+        "crossed": "sum",
+        "exact": "sum",
+    }
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer: Any = layer
+    def __init__(self, layer: Any, beside: bool = False) -> None:
+        """
+        Args:
+            layer: a linear one or a convolution.
+            beside: look at what enters the layer in the float model too.
+        """
+        self.layer = layer
         self.groups = int(getattr(layer, "groups", 1))
         width = self.layer.weight[0].numel()
         device = self.layer.weight.device
@@ -31,13 +42,23 @@ class Moments:
         """float32 (groups, width): sums."""
         self.products = torch.zeros(self.groups, width, width, device=device)
         """float32 (groups, width, width): sums of products."""
+        self.crossed: Tensor | None = torch.zeros_like(self.products) if beside else None
+        """float32 (groups, width, width): sums of products of what enters in the float model with what
+        enters."""
+        self.exact: Tensor | None = torch.zeros_like(self.total) if beside else None
+        """float32 (groups, width): sums of what enters in the float model."""
 
-    def look(self, x: Tensor) -> None:
-        """Add what enters the layer, in the shape that it takes."""
+    def look(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Add what enters the layer, in the shape that it takes, and, where it is wanted, what enters it in
+        the float model."""
         rows = patches(self.layer, x.detach().float())
         self.count += rows.shape[1]
         self.total += rows.sum(1)
         self.products += rows.transpose(1, 2) @ rows
+        if self.crossed is not None and self.exact is not None:
+            other = rows if exact is None else patches(self.layer, exact.detach().float())
+            self.crossed += other.transpose(1, 2) @ rows
+            self.exact += other.sum(1)
 
     def reduce(self, name: str) -> None:
         """Make the sums those of all ranks.
@@ -47,7 +68,8 @@ class Moments:
         """
         if dist.is_available() and dist.is_initialized():
             for key in self.reduction:
-                dist.all_reduce(getattr(self, key))
+                if getattr(self, key) is not None:
+                    dist.all_reduce(getattr(self, key))
         if not bool(self.products.isfinite().all()):
             raise QawareError(
                 f"{name}: calibration gave NaN or infinity as its input; look for broken samples in the data"
@@ -65,23 +87,34 @@ class Moments:
         return self.products / self.count.clamp(min=1).float()
 
     @property
+    def cross(self) -> Tensor | None:
+        """float32 (groups, width, width): the mean of y x^T, with y what enters in the float model; None
+        where that was not looked at."""
+        return None if self.crossed is None else self.crossed / self.count.clamp(min=1).float()
+
+    @property
     def mean(self) -> Tensor:
         """float32 (groups, width)."""
         return self.total / self.count.clamp(min=1).float()
+
+    @property
+    def exact_mean(self) -> Tensor:
+        """float32 (groups, width): the mean of what enters in the float model, where that was looked at."""
+        return self.mean if self.exact is None else self.exact / self.count.clamp(min=1).float()
 
 
 def patches(layer: Any, x: Tensor) -> Tensor:
     """The rows that ``layer`` multiplies its weight with, (groups, samples, width)."""
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
-    if isinstance(layer, nn.Conv1d):
-        x, size = x.unsqueeze(-2), (1, *layer.kernel_size)
-        stride, dilation = (1, *layer.stride), (1, *layer.dilation)
-    else:
-        size, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    places = len(layer.kernel_size)
+    x = x.view(-1, *x.shape[-places - 1 :])  # one without a batch is a batch of one
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padding = layer._reversed_padding_repeated_twice
-    x = F.pad(x.squeeze(-2), padding, mode).unsqueeze(-2) if isinstance(layer, nn.Conv1d) else F.pad(x, padding, mode)
-    columns = F.unfold(x, size, dilation, 0, stride)  # (batch, channels * kernel, places)
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    x = x.unsqueeze(-2) if places == 1 else x
+    size, dilation, stride = (
+        (1,) * (2 - places) + tuple(v) for v in (layer.kernel_size, layer.dilation, layer.stride)
+    )
+    columns = F.unfold(x, size, dilation, 0, stride)  # (batch, channels * kernel, samples of each)
     grouped = columns.view(len(columns), layer.groups, -1, columns.shape[-1])
     return grouped.permute(1, 0, 3, 2).flatten(1, 2)

@@ -6,11 +6,13 @@ batches pass through the user's own step once; what that calls is kept, and call
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
@@ -38,8 +40,8 @@ Recording = list[Call]
 
 
 class Recorder(Look):
-    """Keeps the outermost calls of modules of a model while it is entered: of the model itself, or, where a step
-    goes past its ``forward``, of its parts. Calls are kept for the batches of this rank's share only."""
+    """Keeps the outermost calls of modules of a model while it is entered: of the model itself, or, where a
+    step goes past its ``forward``, of its parts. Calls are kept for the batches of this rank's share only."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__([], 0, Watch({}))
@@ -87,9 +89,18 @@ def record(model: nn.Module, run_pass: Callable[[Look], None]) -> Recording:
     """
     with torch.no_grad(), same_draws(), Recorder(model) as recorder:
         run_pass(recorder)
-    if not recorder.calls:
+    if not _anywhere(bool(recorder.calls)):
         raise QawareError("calibration: no batch called the model; give batches on which it runs")
     return recorder.calls
+
+
+def _anywhere(here: bool) -> bool:
+    """Whether it is so on any rank; one that has no batch of its own waits for the others."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return here
+    everywhere = [here] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    return any(everywhere)
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,14 @@ class Group:
     names: tuple[str, ...]
     once: bool
     """Whether each of them runs once in a call, so that a call may end after the last."""
+
+
+class Run(NamedTuple):
+    """One run of a layer: in which call of which rank, and when in it."""
+
+    rank: int
+    call: int
+    turn: int
 
 
 class _Enough(Exception):
@@ -134,7 +153,7 @@ def replay(
         for call in recording:
             waiting.update(names)
             try:
-                call.example.to(_device(model)).run(model.get_submodule(call.module))
+                _fresh(call.example, _device(model)).run(model.get_submodule(call.module))
             except _Enough:
                 continue
     finally:
@@ -147,30 +166,58 @@ def _looking(name: str, hook: Inputs) -> Callable[..., None]:
 
 
 def groups_in_order(model: nn.Module, recording: Recording, names: Sequence[str]) -> list[Group]:
-    """The layers in the order in which they first run. Those that never run are left out."""
-    turns: dict[str, int] = {}
-    several: set[str] = set()
-    for call in recording:
-        entered: list[Tensor] = []  # kept alive, so that no address is used twice
-        ran: set[str] = set()
+    """The layers in the order in which they first run, those that always take the same tensor together.
+    Those that never run, on any rank, are left out."""
+    runs = _runs_of_all_ranks(_runs(model, recording, names))
+    together: dict[tuple[Run, ...], list[str]] = {}
+    for name in names:
+        if name in runs:
+            together.setdefault(tuple(runs[name]), []).append(name)
+    order = sorted(together, key=lambda seen: min((run.turn, run.call, run.rank) for run in seen))
+    return [Group(tuple(together[seen]), _once(seen)) for seen in order]
 
-        def look(name: str, x: Tensor, entered: list[Tensor] = entered, ran: set[str] = ran) -> None:
-            if name in ran:
-                several.add(name)
-            ran.add(name)
-            same = next((i for i, tensor in enumerate(entered) if tensor is x), None)
-            entered.append(x)
-            turns.setdefault(name, len(entered) - 1 if same is None else same)
+
+def _runs(model: nn.Module, recording: Recording, names: Sequence[str]) -> dict[str, list[Run]]:
+    """When each layer runs. Layers that take the very same tensor have the same turn."""
+    found: dict[str, list[Run]] = {}
+    for index, call in enumerate(recording):
+        entered: list[weakref.ref[Tensor]] = []  # one that is gone is none, even if its address is used again
+
+        def look(name: str, x: Tensor, index: int = index, entered: list[Any] = entered) -> None:
+            turn = next((i for i, seen in enumerate(entered) if seen() is x), len(entered))
+            if turn == len(entered):
+                entered.append(weakref.ref(x))
+            found.setdefault(name, []).append(Run(_rank(), index, turn))
 
         replay(model, [call], names, look)
-    order: dict[int, list[str]] = {}
-    for name, turn in turns.items():
-        order.setdefault(turn, []).append(name)
-    return [Group(tuple(order[t]), several.isdisjoint(order[t])) for t in sorted(order)]
+    return found
+
+
+def _runs_of_all_ranks(runs: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return runs
+    every: list[dict[str, list[Run]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, runs)
+    names = dict.fromkeys(name for ranks in every for name in ranks)
+    return {name: [run for ranks in every for run in ranks.get(name, ())] for name in names}
+
+
+def _once(seen: Sequence[Run]) -> bool:
+    return len({(run.rank, run.call) for run in seen}) == len(seen)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _fresh(example: Example, device: torch.device) -> Example:
+    """A copy that a model may change in place."""
+    copied = Example(tree_map(_copied, example.args), tree_map(_copied, example.kwargs))
+    return copied.to(device)
 
 
 def _copied(value: Any) -> Any:

@@ -40,8 +40,8 @@ class Rounder:
         """
         if any(from_peft(module) for module in model.modules()):
             raise QawareError(
-                f"rounding: {plan.recipe.rounding!r} chooses the integers of plain weights, and this model has "
-                "adapters; merge them first (merge_and_unload), or use rounding: rtn"
+                f"rounding: {plan.recipe.rounding!r} chooses the integers of plain weights, and this model "
+                "has adapters; merge them first (merge_and_unload), or use rounding: rtn"
             )
         self.parted = part_ties(model, plan)
         self.plan = plan.recipe.match(model).with_layout(plan.layout) if self.parted else plan

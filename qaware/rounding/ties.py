@@ -8,8 +8,8 @@ from qaware.plan import Decision, Plan
 
 
 def part_ties(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Give each layer that does not share its scheme with the others of its weight a copy of it, in place: what
-    is rounded for one would else change the others.
+    """Give each layer that does not share its scheme with the others of its weight a copy of it, in place:
+    what is rounded for one would else change the others.
 
     Returns:
         For each layer that was parted, from which one.
@@ -33,8 +33,8 @@ def part_ties(model: nn.Module, plan: Plan) -> dict[str, str]:
 
 
 def find_ties(model: nn.Module, plan: Plan) -> dict[str, tuple[str, ...]]:
-    """For the layer whose input decides, the others that share its weight: a linear layer before an embedding,
-    whose input says nothing about rounding. Layers that share with none are left out."""
+    """For the layer whose input decides, the others that share its weight: a linear layer before an
+    embedding, whose input says nothing about rounding. Layers that share with none are left out."""
     shared: dict[int, list[str]] = {}
     for name in plan.quantized:
         layer = model.get_submodule(name)

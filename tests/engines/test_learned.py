@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from qaware.engines.eager import EagerEngine
 from qaware.engines.example import Example
-from qaware.engines.fake_quant import WeightFakeQuantizer, set_fake_quant
+from qaware.engines.fake_quant import set_fake_quant
 from qaware.engines.graph import GraphEngine
 from qaware.engines.learned import LearnedGrid, begin_alike, grids, learn_grids
 from qaware.engines.modules import ModulesEngine
+from qaware.engines.weight_fake_quant import WeightFakeQuantizer
 from qaware.errors import QawareError
 from qaware.observers import observers
 from qaware.plan import Plan

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qaware.engines.base import packed_bytes
-from qaware.engines.fake_quant import WeightFakeQuantizer, set_softness
+from qaware.engines.fake_quant import set_softness
 from qaware.engines.levels import shrink, soften
 from qaware.engines.modules import integers_of
+from qaware.engines.weight_fake_quant import WeightFakeQuantizer
 from qaware.exporters.packed import PackedWeight, pack
 from qaware.scheme import Scheme
 

@@ -1,0 +1,100 @@
+"""Fake-quantizers of activations: a range for each token, by torchao's ``IntxFakeQuantizer`` with a correction,
+and a static range that is calibrated by an observer, which torchao has none for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization.granularity import PerToken
+from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+from torchao.quantization.quant_primitives import (
+    MappingType,
+    _fake_quantize_affine,
+    choose_qparams_affine,
+    choose_qparams_affine_with_min_max,
+)
+
+from qaware.errors import QawareError
+from qaware.observers import KINDS
+from qaware.scheme import Scheme
+
+INT8 = (-128, 127)
+
+
+class TokenFakeQuantizer(IntxFakeQuantizer):
+    """int8 asymmetric fake-quantization of an activation with a range for each token."""
+
+    def __init__(self) -> None:
+        super().__init__(IntxFakeQuantizeConfig(torch.int8, PerToken(), is_symmetric=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as ``x``."""
+        # The scales of torchao's integer layer have the precision of its input; these must have it too.
+        self.config.scale_precision = x.dtype
+        rounded: Tensor = super().forward(x)
+        return rounded
+
+    def _per_token_forward(self, x: Tensor) -> Tensor:
+        # What torchao does, without a check that it imports from the deprecated torch.ao.quantization.
+        block = (*(1,) * (x.dim() - 1), x.shape[-1])
+        config = self.config
+        scale, zero_point = choose_qparams_affine(
+            x,
+            MappingType.ASYMMETRIC,
+            block,
+            torch.int8,
+            *INT8,
+            eps=config.eps,
+            scale_dtype=config.scale_precision,
+            zero_point_dtype=config.zero_point_precision,
+        )
+        rounded: Tensor = _fake_quantize_affine(x, block, scale, zero_point, torch.int32, *INT8)
+        return rounded
+
+
+class StaticFakeQuantizer(nn.Module):
+    """int8 asymmetric fake-quantization of an activation with one range, kept by an observer."""
+
+    def __init__(self, observer: str = "minmax") -> None:
+        super().__init__()
+        self.enabled = True
+        self.observer = KINDS[observer]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as ``x``; unchanged until a range was observed."""
+        self.observer(x)
+        return self.rounded(x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``forward`` without a look at ``x``."""
+        if not self.enabled or not self.observer.seen:
+            return x
+        scale, zero_point = self.qparams()
+        # The product runs in float32, as the converted layer's does, whatever autocast is around it.
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, *INT8).to(x.dtype)
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32 scalar) and zero point (int32 scalar) of the observed range.
+
+        Raises:
+            QawareError: nothing finite was observed yet.
+        """
+        if not self.observer.seen:
+            raise QawareError(
+                "int8-static: no finite activation was observed; "
+                "calibrate (PTQ) or train (QAT) before converting"
+            )
+        low, high = self.observer.range()
+        scale, zero_point = choose_qparams_affine_with_min_max(
+            low, high, MappingType.ASYMMETRIC, (), torch.int8, *INT8, zero_point_dtype=torch.int32
+        )
+        return scale, zero_point
+
+
+def activation_fake_quantizer(scheme: Scheme) -> nn.Module | None:
+    """The fake-quantizer of the activation that enters a layer, or None."""
+    if scheme.activation == "int8-dynamic":
+        return TokenFakeQuantizer()
+    return StaticFakeQuantizer(scheme.observer) if scheme.activation == "int8-static" else None

@@ -1,0 +1,102 @@
+"""Look at every integer once more when the others are known, and fit the scales to the integers.
+
+Coordinate descent on the squared error of a layer's output, as in Behdin et al., "QuantEase:
+optimization-based quantization for language models" (2023, arXiv:2309.01885); the scales are then those of
+least squares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qaware.rounding.grid import Grid
+
+_BLOCK = 128
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be minimized: the sum over rows of ``(rounded - target) hessian (rounded - target)^T``."""
+
+    target: Tensor
+    """float32 (rows, width)."""
+    hessian: Tensor
+    """float32 (groups, width, width), positive definite."""
+    grid: Grid
+
+    def error(self, rounded: Tensor) -> Tensor:
+        """Of each row, (rows, 1)."""
+        left = self.grouped(rounded - self.target)
+        return ((left @ self.hessian) * left).sum(2).view(-1, 1)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """(groups, rows of a group, ...) of (rows, ...)."""
+        return x.reshape(len(self.hessian), -1, *x.shape[1:])
+
+
+def polish(
+    problem: Problem, rounded: Tensor, scale: Tensor, zero_point: Tensor, times: int
+) -> tuple[Tensor, Tensor]:
+    """Rounded weight and scale, in no row worse than they were.
+
+    Args:
+        problem: what is minimized.
+        rounded: float32 (rows, width), on the grid of ``scale`` and ``zero_point``.
+        scale: float32 (rows, width / block).
+        zero_point: int32, the shape of ``scale``.
+        times: how often the integers are looked at, and all but the first time the scales fitted before.
+    """
+    for turn in range(times):
+        fitted = _fitted(problem, rounded, scale) if turn else scale
+        levels = rounded.view(*scale.shape, -1) / scale.unsqueeze(-1)
+        tried = _sweep(problem, (levels * fitted.unsqueeze(-1)).view_as(rounded), fitted, zero_point)
+        better = problem.error(tried) < problem.error(rounded)
+        if problem.grid.scheme.per_tensor:  # a scale that all rows share is taken by all or none
+            better = problem.error(tried).sum() < problem.error(rounded).sum()
+        rounded, scale = torch.where(better, tried, rounded), torch.where(better, fitted, scale)
+    return rounded, scale
+
+
+def _sweep(problem: Problem, rounded: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Each column, in turn, is what is best with all others as they are."""
+    rounded, size = rounded.clone(), rounded.shape[1] // scale.shape[1]
+    hessian, values = problem.hessian, problem.grouped(rounded)
+    pull = problem.grouped(problem.target - rounded) @ hessian
+    for start in range(0, rounded.shape[1], _BLOCK):
+        part = hessian[:, start : start + _BLOCK, start : start + _BLOCK]
+        near = pull[:, :, start : start + _BLOCK]
+        before = values[:, :, start : start + _BLOCK].clone()
+        for index in range(part.shape[1]):
+            column = start + index
+            best = values[:, :, column] + near[:, :, index] / part[:, index, index].unsqueeze(1)
+            block = slice(column // size, column // size + 1)
+            qparams = scale[:, block].contiguous(), zero_point[:, block].contiguous()
+            found = problem.grid.round(best.reshape(-1, 1), *qparams).view_as(best)
+            near -= (found - values[:, :, column]).unsqueeze(2) * part[:, index].unsqueeze(1)
+            values[:, :, column] = found
+        change = values[:, :, start : start + _BLOCK] - before
+        near += change @ part  # taken back, as the next line takes it from all columns
+        pull -= change @ hessian[:, start : start + _BLOCK]
+    return values.reshape(rounded.shape)
+
+
+def _fitted(problem: Problem, rounded: Tensor, scale: Tensor) -> Tensor:
+    """The legal scales nearest to those of least squares for the integers; none changes its sign."""
+    levels = rounded.view(*scale.shape, -1) / scale.unsqueeze(-1)
+    products, wanted = [], []
+    for block in range(scale.shape[1]):
+        part = slice(block * levels.shape[2], (block + 1) * levels.shape[2])
+        moved = (problem.grouped(levels[:, block]) @ problem.hessian[:, part]).flatten(0, 1)
+        products.append((moved.view_as(levels) * levels).sum(2))
+        wanted.append((moved * problem.target).sum(1))
+    matrix, right = torch.stack(products, 1).double(), torch.stack(wanted, 1).double()
+    if problem.grid.scheme.per_tensor:
+        matrix, right = matrix.sum(0, keepdim=True), right.sum(0, keepdim=True)
+    ridge = _RIDGE * matrix.diagonal(dim1=1, dim2=2).amax(1).clamp(min=_RIDGE)
+    matrix.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
+    fit = torch.linalg.solve(matrix, right.unsqueeze(2)).squeeze(2).float().expand_as(scale)
+    return torch.where(fit * scale > 0, problem.grid.legal(fit), scale)

@@ -1,0 +1,106 @@
+"""Fake-quantizers of activations: values by hand and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qaware.engines.activation_fake_quant import (
+    StaticFakeQuantizer,
+    TokenFakeQuantizer,
+    activation_fake_quantizer,
+)
+from qaware.errors import QawareError
+from qaware.scheme import Scheme
+
+
+def observed(low: float, high: float) -> StaticFakeQuantizer:
+    quantizer = StaticFakeQuantizer()
+    quantizer.observer.observing = True
+    quantizer(torch.tensor([low, high]))
+    quantizer.observer.observing = False
+    return quantizer
+
+
+def rows(count: int = 6, width: int = 64, seed: int = 0) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_token_has_its_own_range() -> None:
+    x = torch.stack([rows(1)[0], rows(1, seed=1)[0] * 1000])
+    y = TokenFakeQuantizer()(x)
+    step = (x.amax(1) - x.amin(1)) / 255
+    assert bool(((y - x).abs() <= step[:, None] * 0.51).all())
+    assert torch.equal(TokenFakeQuantizer()(x[:1]), y[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_token_is_rounded_as_the_integer_layer_rounds_it(dtype: torch.dtype) -> None:
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    identity = IntxUnpackedToInt8Tensor(
+        torch.eye(64, dtype=torch.int8),
+        torch.ones(64, 1),
+        torch.zeros(64, 1, dtype=torch.int8),
+        torch.int8,
+        (1, 64),
+        dtype,
+        "int8_asym_per_token",
+    )
+    for seed in range(20):
+        x = (rows(seed=seed) * 10.0 ** (seed % 5 - 2)).to(dtype)
+        y = TokenFakeQuantizer()(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, nn.functional.linear(x, identity))
+
+
+def test_tokens_pass_gradients_and_mixed_dtypes_one_after_the_other() -> None:
+    quantizer = TokenFakeQuantizer()
+    x = rows().requires_grad_()
+    quantizer(x).sum().backward()
+    inside = (x > x.amin(1, keepdim=True)) & (x < x.amax(1, keepdim=True))  # the ends may be cut off
+    torch.testing.assert_close(x.grad[inside], torch.ones_like(x)[inside])
+    assert torch.equal(quantizer(rows().bfloat16()), TokenFakeQuantizer()(rows().bfloat16()))
+    assert torch.equal(quantizer(rows()), TokenFakeQuantizer()(rows()))
+
+
+def test_a_static_range_by_hand() -> None:
+    quantizer = observed(-1.0, 1.55)
+    scale, zero = quantizer.qparams()
+    assert float(scale) == pytest.approx(0.01)
+    assert int(zero) == -28
+    x = torch.tensor([-5.0, -1.0, -0.004, 0.0, 0.006, 1.55, 9.0])
+    expected = torch.tensor([-1.0, -1.0, 0.0, 0.0, 0.01, 1.55, 1.55])
+    torch.testing.assert_close(quantizer(x), expected)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 2.0), (-2.0, -1.0)])
+def test_zero_stays_exact_when_it_was_not_observed(low: float, high: float) -> None:
+    assert float(observed(low, high)(torch.zeros(1))) == 0
+
+
+def test_a_static_range_stops_the_gradient_outside() -> None:
+    x = torch.tensor([-5.0, 0.5, 5.0], requires_grad=True)
+    observed(-1.0, 1.0)(x).sum().backward()
+    assert x.grad.tolist() == [0, 1, 0]
+
+
+def test_before_anything_was_observed_it_is_the_identity_and_has_no_range() -> None:
+    quantizer, x = StaticFakeQuantizer(), rows()
+    assert torch.equal(quantizer(x), x)
+    with pytest.raises(QawareError, match="calibrate"):
+        quantizer.qparams()
+
+
+def test_a_static_range_keeps_the_dtype() -> None:
+    quantizer = observed(-1.0, 1.0)
+    assert quantizer(rows().bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer(rows()), quantizer(rows().clone()))
+
+
+def test_each_activation_has_its_quantizer() -> None:
+    assert activation_fake_quantizer(Scheme(8)) is None
+    assert isinstance(activation_fake_quantizer(Scheme(8, activation="int8-dynamic")), TokenFakeQuantizer)
+    assert isinstance(activation_fake_quantizer(Scheme(8, activation="int8-static")), StaticFakeQuantizer)
