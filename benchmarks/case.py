@@ -135,6 +135,7 @@ class Case:
         pl.seed_everything(self.seed, workers=True, verbose=False)
         model: Any = detached_copy(self.models[source]).train()
         model.lr = model.hparams["lr"] = lr
+        model.cosine = True
         return model, self._trainer(callbacks, max_steps=steps, limit_val_batches=0)
 
     def _trainer(self, callbacks: Sequence[pl.Callback] = (), **options: Any) -> pl.Trainer:

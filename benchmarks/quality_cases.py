@@ -34,7 +34,7 @@ def stories(shared: Path, folder: Path) -> Case | None:
         separator=SEPARATOR,
         layout="documents",
         block_size=512,
-        batch_size=8,
+        batch_size=4,
         cache_dir=str(folder / "cache"),
     )
     return Case("stories260K", CausalLM(str(model)), data, folder, SEED)

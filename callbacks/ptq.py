@@ -159,9 +159,9 @@ class PostTrainingQuantization(QuantizationCallback):
             calibrate(prepared, run_pass)
         self._loader = None
         if rounder is not None:
-            pipeline.before_rounding(root)
+            twin = pipeline.before_rounding(root)
             with pipeline.progress("Rounding", len(plan.quantized)) as advance:
-                pipeline.rounding = rounder.round(root, advance)
+                pipeline.rounding = rounder.round(root, advance, twin)
         self.convert_and_export(trainer, pipeline, prepared, plan)
 
     def _pass(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -19,11 +20,11 @@ from qaware.callbacks.hooks import override, restore
 from qaware.callbacks.nested import detached_copy
 from qaware.callbacks.prepared import is_built, require_continuation
 from qaware.callbacks.restoring import add_missing_keys, apply_plan, require_in_time, restore_structure
+from qaware.callbacks.scales import begin_scales, refuse_float_optimizer, report_idle
 from qaware.callbacks.state import KEY, get_state, require_same_recipe
 from qaware.callbacks.strategies import refuse_flat, require_prepared
 from qaware.engines.base import float_bytes
 from qaware.engines.fake_quant import is_rounding, set_fake_quant, set_softness
-from qaware.engines.learned import begin_alike, begin_grids, grids
 from qaware.errors import QawareError
 from qaware.exporters.check import require_legal
 from qaware.observers import all_reduce, observers
@@ -143,6 +144,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         require_continuation(pl_module, self.recipe, self.target)
         if self.distillation:
             require_loss(pl_module)
+        if self.recipe.rounds:
+            rank_zero_info(
+                f"qaware: rounding: {self.recipe.rounding_label} is for PTQ; QAT rounds to nearest as it "
+                "trains"
+            )
 
         def configure_model(module: pl.LightningModule, original: Any) -> None:
             original()
@@ -186,6 +192,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             restore_structure(module, checkpoint)
             self._was_rounding = is_rounding(module)
         elif get_state(module) is not None:
+            refuse_float_optimizer(module, checkpoint, self.recipe)
             add_missing_keys(module, checkpoint)
         original(checkpoint)
 
@@ -201,6 +208,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out what is scored, before anything expensive."""
         self._set_phase(trainer, pl_module, observing=False)
+        report_idle(trainer, pl_module)
         if self.convert:
             # Building loaders and iterating them draws random numbers; the training must not notice.
             with isolate_rng():
@@ -250,20 +258,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         set_fake_quant(pl_module, step >= self.start_step)
         set_softness(pl_module, self._softness(step))
         if step >= self.start_step and self.recipe.learning != "none":
-            self._begin_grids(trainer, pl_module)
+            begin_scales(trainer, pl_module)
         frozen = self.freeze_observers_step is not None and step >= self.freeze_observers_step
         for observer in observers(pl_module):
             observer.observing = observing and not frozen
         if observing and self.freeze_batch_norm_step is not None and step >= self.freeze_batch_norm_step:
             freeze_batch_norm(find_target(pl_module, self.target))
-
-    def _begin_grids(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Not in a forward pass, which may be of an average that a validation has swapped in."""
-        if all(grid.known for grid in grids(pl_module)):
-            return
-        begin_grids(pl_module)
-        for average in averages(trainer, pl_module):
-            begin_alike(pl_module, average)
 
     def _softness(self, step: int) -> float:
         """From 1 at ``start_step`` down to 0 when the annealing is over."""

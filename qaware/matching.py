@@ -31,7 +31,8 @@ def make_plan(recipe: Recipe, model: nn.Module) -> Plan:
             lazy layer that has no shape yet.
     """
     roles = find_roles(model)
-    modules = dict(model.named_modules())
+    # A model that is prepared already may have scales that it learns.
+    modules = {name: m for name, m in model.named_modules() if "_fake_quantizer." not in name}
     places = find_places(model)
     _refuse_dead_patterns(recipe, modules, {place.name for place in places.values()})
     first_owner: dict[int, str] = {}

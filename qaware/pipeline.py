@@ -90,9 +90,12 @@ class Pipeline:
 
     _twin: nn.Module | None = None
 
-    def before_rounding(self, prepared: nn.Module) -> None:
-        """Keep the float weights of ``prepared``, which rounding writes over, for the layer report."""
-        self._twin = float_twin(prepared) if self.rank == 0 else None
+    def before_rounding(self, prepared: nn.Module) -> nn.Module:
+        """A copy of ``prepared`` that computes in float; its weights, which rounding writes over, are kept
+        for the layer report."""
+        twin = float_twin(prepared)
+        self._twin = twin if self.rank == 0 else None
+        return twin
 
     def score_module(self, label: str, stage: str, module: nn.Module, size: int) -> Score | None:
         """Score a torch module; every rank takes its share, and all get the same score."""

@@ -17,8 +17,8 @@ import yaml
 
 from qaware.errors import QawareError
 from qaware.roles import ROLES
-from qaware.scheme import Scheme
 from qaware.roundings import Step, parse_steps
+from qaware.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,12 +105,12 @@ class Recipe:
     name: str
     rules: tuple[Rule, ...]
     rounding: Any = "rtn"
-    """How the integers are chosen after training: a step of :mod:`qaware.roundings`, e.g. ``gptq``, or a list of
-    them, e.g. ``[smoothquant, {gptq: {damping: 0.05}}]``. QAT learns its own."""
+    """How PTQ chooses the integers: a step of :mod:`qaware.roundings`, e.g. ``gptq``, or a list of them, e.g.
+    ``[smoothquant, {gptq: {damping: 0.05}}]``. QAT rounds to nearest as it trains."""
     description: str = ""
     learning: str = "none"
-    """What QAT trains of a weight's grid: ``none``, the scale follows from the weight in each step; ``lsq``, its
-    scale; or ``range``, its zero point too. See :mod:`qaware.engines.learned`."""
+    """What QAT trains of a weight's grid: ``none``, the scale follows from the weight in each step; ``lsq``,
+    its scale; or ``range``, its zero point too. See :mod:`qaware.engines.learned`. PTQ has no use for it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.+ -]*", self.name):

@@ -110,8 +110,10 @@ def packed_bytes(weight: QuantizedWeight) -> int:
 
 
 def float_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a float model; shared tensors count once."""
-    unique = {t.data_ptr(): t.numel() * t.element_size() for _, t in _tensors(module)}
+    """Bytes of the parameters and buffers of a float model, or of a prepared one without its fake-quantizers,
+    which do not ship; shared tensors count once."""
+    shipped = (t for name, t in _tensors(module) if "_fake_quantizer." not in name)
+    unique = {t.data_ptr(): t.numel() * t.element_size() for t in shipped}
     return sum(unique.values())
 
 

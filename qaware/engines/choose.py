@@ -33,7 +33,9 @@ class Choice:
     reason: str
 
 
-def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = "auto") -> Choice:
+def choose(
+    plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = "auto", training: bool = False
+) -> Choice:
     """The engine for ``plan``.
 
     Args:
@@ -41,6 +43,7 @@ def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = 
         model: float.
         runtimes: names of the exporters.
         wanted: one of ``ENGINES``.
+        training: whether it is for quantization-aware training.
 
     Raises:
         QawareError: the wanted engine cannot do it.
@@ -53,7 +56,7 @@ def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = 
         )
     if wanted == "graph":
         _require_graph_runtime(runtimes)
-        if plan.recipe.rounds:
+        if plan.recipe.rounds and not training:
             raise QawareError(
                 f"engine: 'graph' rounds to nearest only, recipe says rounding: {plan.recipe.rounding!r}; "
                 "use engine: eager, or auto"
@@ -70,7 +73,7 @@ def choose(plan: Plan, model: nn.Module, runtimes: Sequence[str], wanted: str = 
     if not convolutions and (obstacle := _unlaid(plan, model, runtimes)):
         return Choice("modules", obstacle)
     alone = len(runtimes) == 1 and runtimes[0] in _GRAPH_RUNTIMES
-    plain = not plan.recipe.rounds and plan.recipe.learning == "none"
+    plain = plan.recipe.learning == "none" if training else not plan.recipe.rounds
     if static and alone and not has_stubs(model) and plain:
         return Choice("graph", f"{runtimes[0]} alone, by the quantizer that is made for it")
     return Choice("eager", f"integers that {', '.join(runtimes)} hold alike" if runtimes else "integers")
@@ -105,7 +108,7 @@ def lay_out(
     Raises:
         QawareError: no engine that may be used can take the model, or a layer its scheme.
     """
-    choice = choose(plan, model, runtimes, wanted)
+    choice = choose(plan, model, runtimes, wanted, training)
     if choice.engine == "modules":
         return plan, choice
     needed = plan.needs_calibration or choice.engine == "graph"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,10 @@ class Example:
 
         return Example(tree_map(move, self.args), tree_map(move, self.kwargs))
 
+    def copy(self) -> Example:
+        """One that a module may change, with tensors on the CPU. Objects that cannot be copied are shared."""
+        return Example(tree_map(_copied, self.args), tree_map(_copied, self.kwargs))
+
 
 class _Found(Exception):
     """Ends a run as soon as the inputs are known."""
@@ -46,7 +51,7 @@ def capture(module: nn.Module, run: Callable[[], Any]) -> Example | None:
     found: list[Example] = []
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(Example(tree_map(_copied, args), tree_map(_copied, kwargs)))
+        found.append(Example(args, kwargs).copy())
         raise _Found
 
     handle = module.register_forward_pre_hook(look, with_kwargs=True)
@@ -61,4 +66,11 @@ def capture(module: nn.Module, run: Callable[[], Any]) -> Example | None:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, nn.Module):
+        return value
+    try:  # a cache of keys and values grows with each call
+        return copy.deepcopy(value)
+    except Exception:  # each type that cannot be copied raises its own
+        return value

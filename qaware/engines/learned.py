@@ -6,6 +6,9 @@ scale by a share of itself, weight decay pulls it to where it began, and it stay
 its gradient as learned step sizes do (LSQ, Esser et al. 2020, arXiv:1902.08153); ``range`` does not, and
 also trains the zero points of asymmetric weights.
 
+Scales are trained where weights are frozen too (LoRA, an embedding): rounding moves what a frozen weight
+computes, and its scale is what can make up for that. Freeze ``weight_fake_quantizer.learned`` to keep them.
+
 torchao's ``range_learning`` is not used: it makes parameters in the first forward pass, when the optimizer
 is already there, and does not keep the scale positive or in the precision that ships.
 """
@@ -24,6 +27,10 @@ from qaware.engines.weight_fake_quant import WeightFakeQuantizer
 from qaware.errors import QawareError
 from qaware.plan import Plan
 from qaware.sharded import is_sharded
+
+_FARTHEST = 8.0
+"""Of a gain from zero, a factor of 3000: further steps, of a learning rate that is far too high, change
+nothing, so that a scale stays finite and above zero in every precision."""
 
 
 class _Passed(torch.autograd.Function):
@@ -91,7 +98,7 @@ class LearnedGrid(nn.Module):
         lowest, highest = quantizer.integers
         weights = x.numel() / self.gain.numel()
         factor = (weights * max(highest, 1)) ** -0.5 if self.learning == "lsq" else 1.0
-        gain = _Passed.apply(self.gain, self.gain.detach(), factor)
+        gain = _Passed.apply(self.gain, self.gain.detach().clamp(-_FARTHEST, _FARTHEST), factor)
         exact = self.base / self.began * torch.exp(gain)
         exact = exact if unit is None else exact * unit
         # In float32, where its gradient, a sum of many large terms, does not overflow.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,6 +30,7 @@ class CausalLM(pl.LightningModule):
         weight_decay: for matrices; vectors (norms, biases) are not decayed.
         warmup_steps: optimizer steps over which the learning rate rises linearly; 0 for none.
         betas: of AdamW.
+        cosine: lower the learning rate along half a cosine, to zero at the Trainer's last step.
 
     Raises:
         QawareError: the configuration has an unknown key or value, or the weights cannot be loaded.
@@ -41,10 +43,12 @@ class CausalLM(pl.LightningModule):
         weight_decay: float = 0.01,
         warmup_steps: int = 0,
         betas: tuple[float, float] = (0.9, 0.95),
+        cosine: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.warmup_steps, self.betas = lr, weight_decay, warmup_steps, betas
+        self.cosine = cosine
         self.model: Any = from_config(model) if isinstance(model, dict) else from_weights(model)
         # transformers hands out loaded models in eval mode, and Lightning trains a model as it finds it.
         self.model.train()
@@ -115,18 +119,23 @@ class CausalLM(pl.LightningModule):
         return loss, targets
 
     def configure_optimizers(self) -> Any:
-        """AdamW, with a linear warmup of each step when ``warmup_steps`` asks for one."""
+        """AdamW, its learning rate set at each step when ``warmup_steps`` or ``cosine`` ask for it."""
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
-        if self.warmup_steps <= 0:
+        if self.warmup_steps <= 0 and not self.cosine:
             return optimizer
-        steps = self.warmup_steps
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        last = float(self.trainer.estimated_stepping_batches) if self.cosine else math.inf
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._share(step, last))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _share(self, step: int, last: float) -> float:
+        """Of the learning rate, at a step of ``last`` in all."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return warm * (1 + math.cos(math.pi * min(1.0, step / last))) / 2
 
     def setup(self, stage: str) -> None:
         """Refuse data whose tokens or windows the model cannot take, before anything is trained on it."""

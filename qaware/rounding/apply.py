@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaware.copying import deep_copy
 from qaware.engines.fake_quant import set_fake_quant
 from qaware.engines.weight_fake_quant import Float16FakeQuantizer
+from qaware.errors import QawareError
+from qaware.layers import float_twin
 from qaware.plan import Plan
 from qaware.rounding import rtn
 from qaware.rounding.base import Chosen, shipped_weight, write
@@ -18,7 +19,8 @@ from qaware.rounding.bias_correction import correct_bias
 from qaware.rounding.grid import Grid
 from qaware.rounding.kinds import CHOOSERS, FOLDERS
 from qaware.rounding.moments import Moments
-from qaware.rounding.recording import Group, Recording, groups_in_order, replay
+from qaware.rounding.recording import Recording
+from qaware.rounding.replaying import Group, groups_in_order, replay
 from qaware.rounding.report import RoundedLayer, RoundingReport
 from qaware.rounding.ties import find_ties
 from qaware.roundings import Rtn
@@ -48,6 +50,7 @@ def round_weights(
     parted: dict[str, str] | None = None,
     notes: dict[str, str] | None = None,
     advance: Callable[[], None] = lambda: None,
+    twin: nn.Module | None = None,
 ) -> RoundingReport:
     """Choose the integers of every quantized layer of a prepared ``model``, in place.
 
@@ -61,10 +64,14 @@ def round_weights(
         parted: the layers whose ties were cut, with the name of the one that they shared with.
         notes: of the steps that folded scales, by layer.
         advance: is called after each layer.
+        twin: a copy of ``model`` that computes in float, where there is one already.
     """
     set_fake_quant(model, True)
     ties = find_ties(model, plan)
-    twin = _float_copy(model) if recording is not None and _looks_beside(plan) else None
+    if recording is None or not _looks_beside(plan):
+        twin = None
+    elif twin is None:
+        twin = float_twin(model)
     layers: list[RoundedLayer] = []
     for names, seen in _turns(model, plan, recording, ties, twin):
         for name in names:
@@ -77,12 +84,6 @@ def round_weights(
 def _looks_beside(plan: Plan) -> bool:
     """Whether a step compares with the float model."""
     return any(step.stage == 2 or getattr(step, "correct", False) for step in plan.recipe.steps)
-
-
-def _float_copy(model: nn.Module) -> nn.Module:
-    twin = deep_copy(model)
-    set_fake_quant(twin, False)
-    return twin
 
 
 def _turns(
@@ -158,6 +159,9 @@ def _round_layer(
     layer: Any = model.get_submodule(name)
     chooser = next(step for step in plan.recipe.steps if step.stage == 1)
     weight, grid = shipped_weight(layer), Grid(layer.weight_fake_quantizer)
+    if not bool(weight.isfinite().all()):
+        what = name or type(layer).__name__
+        raise QawareError(f"{what}: its weight has NaN or infinity; give a model without")
     nearest = rtn.choose(weight, grid, Rtn(), moments)
     chosen = CHOOSERS[chooser.name](weight, grid, chooser, moments if _usable(moments) else None)
     write(layer, chosen)

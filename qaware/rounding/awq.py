@@ -20,7 +20,8 @@ from qaware.rounding.folding import NOT_SCALED, Fold, SameOutputs, apply_scales,
 from qaware.rounding.folding_search import find_folds
 from qaware.rounding.grid import Grid
 from qaware.rounding.moments import Moments
-from qaware.rounding.recording import Recording, replay
+from qaware.rounding.recording import Recording
+from qaware.rounding.replaying import replay
 from qaware.roundings import Awq, Mse, Step
 
 _CHEAP: dict[str, Chooser] = {"rtn": rtn.choose, "mse": mse.choose}

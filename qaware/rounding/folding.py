@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qaware.calibration import same_draws
 from qaware.errors import QawareError
 from qaware.rounding.recording import Call, Recording
 
@@ -108,10 +107,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def run_call(model: nn.Module, call: Call) -> list[Tensor]:
     """The tensors that a recorded call gives."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with same_draws():
-        output = call.example.to(device).run(model.get_submodule(call.module))
-    return [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    leaves = tree_leaves(call.run(model))
+    return [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def close(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> bool:

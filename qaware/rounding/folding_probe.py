@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from qaware.calibration import same_draws
 from qaware.engines.example import Example, capture
-from qaware.rounding.folding import Fold, apply_scales, close
+from qaware.rounding.folding import Fold, apply_scales, close, run_call
 from qaware.rounding.recording import Call
 
 _POWERS = (-2, -1, 1, 2)
@@ -34,12 +31,10 @@ class Probe:
         self.model = model
         self.module = model.get_submodule(name)
         self.layers = {n: model.get_submodule(n) for n in layers}
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        example: Example | None = call.example.to(device)
+        self.call = call
         if name != call.module:
-            outer = model.get_submodule(call.module)
-            example = capture(self.module, lambda: copy.deepcopy(call.example.to(device)).run(outer))
-        self.example = Example() if example is None else example.to(device)
+            example = capture(self.module, lambda: call.run(model))
+            self.call = Call(name, example or Example(), call.buffers)
         self.inputs, self.outputs = self._run()
 
     def reached(self, producer: str, first: int, size: int, shift: float, wanted: str) -> Fold | None:
@@ -93,13 +88,12 @@ class Probe:
         hooks = [
             m.register_forward_pre_hook(_keep(inputs, n), with_kwargs=True) for n, m in self.layers.items()
         ]
-        try:  # a copy: a cache among the arguments grows with every run
-            with same_draws():
-                output = copy.deepcopy(self.example).run(self.module)
+        try:
+            outputs = run_call(self.model, self.call)
         finally:
             for hook in hooks:
                 hook.remove()
-        return inputs, [leaf.detach().clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        return inputs, outputs
 
     @contextmanager
     def _restored(self, names: Sequence[str]) -> Iterator[None]:

@@ -57,8 +57,7 @@ def trace_call(model: nn.Module, call: Call) -> Trace:
         for name, module in model.named_modules()
     ]
     try:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        call.example.to(device).run(model.get_submodule(call.module))
+        call.run(model)
     finally:
         for hook in hooks:
             hook.remove()

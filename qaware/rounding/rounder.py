@@ -49,8 +49,14 @@ class Rounder:
         with torch.no_grad():
             self.notes = {} if self.recording is None else fold_scales(model, self.plan, self.recording)
 
-    def round(self, prepared: nn.Module, advance: Callable[[], None] = lambda: None) -> RoundingReport:
-        """Choose the integers of every layer of the prepared and calibrated model, in place."""
-        report = round_weights(prepared, self.plan, self.recording, self.parted, self.notes, advance)
+    def round(
+        self,
+        prepared: nn.Module,
+        advance: Callable[[], None] = lambda: None,
+        twin: nn.Module | None = None,
+    ) -> RoundingReport:
+        """Choose the integers of every layer of the prepared and calibrated model, in place; ``advance`` is
+        called after each, and ``twin`` is a copy of it that computes in float, where there is one already."""
+        report = round_weights(prepared, self.plan, self.recording, self.parted, self.notes, advance, twin)
         self.recording = None
         return report

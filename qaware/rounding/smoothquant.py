@@ -18,7 +18,8 @@ from qaware.rounding.folding import NOT_SCALED, Fold, SameOutputs, apply_scales,
 from qaware.rounding.folding_probe import channels_last
 from qaware.rounding.folding_search import find_folds
 from qaware.rounding.folding_trace import require_finite
-from qaware.rounding.recording import Recording, replay
+from qaware.rounding.recording import Recording
+from qaware.rounding.replaying import replay
 from qaware.roundings import SmoothQuant
 
 

@@ -204,3 +204,12 @@ def test_stories260k_scores_as_measured(tmp_path: Path) -> None:
         )
     assert windows.tokens == 79_255
     assert math.exp(nats / windows.tokens) == pytest.approx(4.384, abs=0.0005)
+
+
+def test_the_learning_rate_falls_to_zero_along_a_cosine() -> None:
+    module = make(warmup_steps=2, cosine=True)
+    shares = [module._share(step, 8.0) for step in range(9)]
+    assert shares[0] == 0.5  # warming up
+    assert shares[4] == pytest.approx(0.5)
+    assert shares[8] == pytest.approx(0.0)
+    assert shares[2:] == sorted(shares[2:], reverse=True)

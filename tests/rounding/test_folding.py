@@ -196,6 +196,17 @@ def test_a_model_that_draws_random_numbers() -> None:
     assert folded(Noisy(), called(rows(5, WIDTH))) == ({"norm": ("out",)}, {})
 
 
+def test_a_model_that_changes_its_inputs() -> None:
+    class InPlace(Noisy):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(x.mul_(2)))
+
+    torch.manual_seed(0)
+    x = rows(5, WIDTH)
+    assert folded(InPlace(), recording := called(x.clone())) == ({"norm": ("out",)}, {})
+    assert torch.equal(recording[0].example.args[0], x)
+
+
 class Reader(nn.Module):
     """Gives what its norm makes to one linear layer, or two, or several times, or to the caller too."""
 

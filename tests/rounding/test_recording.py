@@ -2,109 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from rounded import WIDTH, ids, net
+from recorded import recorded
+from rounded import ids, net
 from torch import Tensor, nn
 
 from qaware.calibration import Look
 from qaware.errors import QawareError
-from qaware.rounding.recording import Recording, groups_in_order, record, replay
+from qaware.rounding.recording import own_buffers, record
 
 
-def recorded(model: nn.Module, batches: list[Tensor], run: Callable[..., Any] | None = None) -> Recording:
-    def run_pass(look: Look) -> None:
-        for number, batch in enumerate(batches):
-            look(True)
-            (run or model)(batch)
-            look.done(number, batch)
-
-    return record(model, run_pass)
-
-
-def entered(
-    model: nn.Module, recording: Recording, names: list[str], once: bool = False
-) -> list[tuple[str, Tensor]]:
-    found: list[tuple[str, Tensor]] = []
-    replay(model, recording, names, lambda name, x: found.append((name, x)), once)
-    return found
-
-
-def test_a_replay_shows_what_entered() -> None:
+def test_calls_are_kept_in_order() -> None:
     model = net()
     recording = recorded(model, ids())
     assert [call.module for call in recording] == ["", "", ""]
-    found = entered(model, recording, ["up", "head"])
-    assert [name for name, _ in found] == ["up", "head"] * 3
-    assert torch.equal(found[0][1], model.embed(ids()[0]))
-
-
-def test_once_stops_after_the_last_layer() -> None:
-    model = net()
-    recording = recorded(model, ids())
-    model.head.register_forward_pre_hook(lambda *_: pytest.fail("the head ran"))
-    assert [n for n, _ in entered(model, recording, ["gate", "up"], once=True)] == ["gate", "up"] * 3
-
-
-def test_layers_that_take_the_same_tensor_are_together() -> None:
-    model = net()
-    groups = groups_in_order(model, recorded(model, ids()), ["head", "up", "down", "gate"])
-    assert [(group.names, group.once) for group in groups] == [
-        (("up", "gate"), True),
-        (("down",), True),
-        (("head",), True),
-    ]
-
-
-class Experts(nn.Module):
-    """Sends each batch to one of its layers; another runs twice, and one never."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.twice = nn.Linear(4, 4)
-        self.never = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, *, which: int) -> Tensor:
-        return self.twice(self.twice(self.experts[which](x)))
-
-
-def test_layers_that_run_in_other_calls_are_apart() -> None:
-    model, x, which = Experts(), torch.randn(2, 4), iter((0, 1))
-    recording = recorded(model, [x, x], lambda batch: model(batch, which=next(which)))
-    names = ["never", "twice", "experts.0", "experts.1"]
-    groups = groups_in_order(model, recording, names)
-    assert [(group.names, group.once) for group in groups] == [
-        (("experts.0",), True),
-        (("experts.1",), True),
-        (("twice",), False),
-    ]
-
-
-def test_layers_that_part_later_are_apart() -> None:
-    class Late(Experts):
-        def forward(self, x: Tensor, *, which: int) -> Tensor:
-            return self.experts[0](x) + self.experts[1](x * which if which else x)
-
-    model, x, which = Late(), torch.randn(2, 4), iter((0, 1))
-    recording = recorded(model, [x, x], lambda batch: model(batch, which=next(which)))
-    assert [g.names for g in groups_in_order(model, recording, ["experts.0", "experts.1"])] == [
-        ("experts.0",),
-        ("experts.1",),
-    ]
-
-
-def test_a_step_that_goes_past_forward() -> None:
-    model = net()
-    recording = recorded(model, ids(), lambda batch: model.head(model.embed(batch) + 1))
-    assert [call.module for call in recording] == ["embed", "head"] * 3
-    (group,) = groups_in_order(model, recording, ["head", "up"])
-    assert group.names == ("head",)
-    (_, x), *_ = entered(model, recording, ["head"])
-    assert x.shape == (4, 16, WIDTH)
+    assert torch.equal(recording[1].run(model), model(ids()[1]))
 
 
 def test_inputs_that_a_model_changes_are_kept() -> None:
@@ -118,7 +33,66 @@ def test_inputs_that_a_model_changes_are_kept() -> None:
 
     model, x = InPlace(), torch.ones(2, 4)
     recording = recorded(model, [x])
-    assert [float(entered(model, recording, ["layer"])[0][1][0, 0]) for _ in range(2)] == [2.0, 2.0]
+    outputs = [recording[0].run(model) for _ in range(2)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert float(recording[0].example.args[0][0, 0]) == 1.0
+
+
+class Remembers(nn.Module):
+    """Adds what it made of the last batch; counts batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("last", torch.zeros(2, 4))
+        self.register_buffer("batches", torch.zeros(()))
+        self.register_buffer("late", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches += 1
+        self.last = self.late = self.layer(x + self.last)
+        return self.last
+
+
+def test_buffers_are_as_they_were_at_each_call_and_afterwards() -> None:
+    model, batches = Remembers(), [torch.randn(2, 4) for _ in range(3)]
+    before = {name: (b, b.clone()) for name, b in model.named_buffers()}
+    recording = recorded(model, batches)
+    with torch.no_grad(), own_buffers(model):
+        expected = [model(batch) for batch in batches]
+    for index in (2, 0, 1):
+        assert torch.equal(recording[index].run(model), expected[index])
+    assert model.late is None
+    after = dict(model.named_buffers())
+    assert all(after[name] is b and torch.equal(b, values) for name, (b, values) in before.items())
+
+
+def test_a_cache_among_the_arguments_does_not_grow() -> None:
+    class Cached(nn.Module):
+        def forward(self, x: Tensor, cache: Any) -> int:
+            cache.kept.append(x)
+            return len(cache.kept)
+
+    class Cache:
+        def __init__(self) -> None:
+            self.kept: list[Tensor] = []
+
+    cache = Cache()
+    model = Cached()
+    first, second = recorded(model, [torch.ones(1), torch.ones(1)], lambda batch: model(batch, cache))
+    assert [call.run(model) for call in (second, second, first)] == [2, 2, 1]
+
+
+def test_random_numbers_are_the_same_each_time_and_the_callers_go_on() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn_like(x)
+
+    model = Noisy()
+    (call,) = recorded(model, [torch.zeros(3)])
+    state = torch.get_rng_state()
+    assert torch.equal(call.run(model), call.run(model))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_batches_that_do_not_count_are_left_out() -> None:
