@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart digits test check clean
+.PHONY: quickstart digits quality test check clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -12,6 +12,9 @@ quickstart: $(STAMP)
 
 digits: $(STAMP)
 	$(BIN)/qaware run experiments/digits.yaml
+
+quality: $(STAMP)
+	$(BIN)/python -m benchmarks.quality --out quality.json
 
 test: check
 	$(BIN)/pytest

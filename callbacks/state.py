@@ -82,13 +82,16 @@ def require_same_recipe(
 
 
 def _difference(saved: Recipe, recipe: Recipe) -> str:
-    """The first rule whose grid is another one, with both."""
+    """The first rule whose grid is another one, or how integers or scales are found otherwise; with both."""
     for theirs, ours in zip(saved.rules, recipe.rules, strict=False):
         if theirs != ours:
             grids = [
                 f"{rule.label} {rule.scheme.label if rule.scheme else 'float'}" for rule in (theirs, ours)
             ]
             return f": {grids[0]} there, {grids[1]} here"
+    for key in ("learning", "rounding"):
+        if (there := getattr(saved, key)) != (here := getattr(recipe, key)):
+            return f": {key} {there!r} there, {here!r} here"
     return ""
 
 

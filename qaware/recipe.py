@@ -128,8 +128,8 @@ class Recipe:
 
     @property
     def rounding_label(self) -> str:
-        """The steps for tables and file names, e.g. ``awq+gptq``."""
-        return "+".join(step.name for step in self.steps if step.name != "rtn") or "rtn"
+        """The steps for tables and file names, e.g. ``awq+gptq damping=0.05``."""
+        return "+".join(step.label for step in self.steps if step.name != "rtn") or "rtn"
 
     @property
     def rounds(self) -> bool:

@@ -29,6 +29,12 @@ class Step:
     """0: folds scales into other layers, 1: chooses integers, 2: corrects afterwards."""
     needs_data: ClassVar[bool] = False
 
+    @property
+    def label(self) -> str:
+        """The name and the options that are not as they are by default, e.g. ``gptq damping=0.05``."""
+        fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        return " ".join([self.name, *(f"{f.name}={getattr(self, f.name)}".lower() for f in fields)])
+
 
 @dataclass(frozen=True)
 class Rtn(Step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Run:
         self.folder = _new_folder(Path(experiment.output) / experiment.name)
         self.ledger = Ledger(self.folder / RESULTS)
         self.metadata: dict[str, Any] = {}
+        self._labels: Counter[str] = Counter()
         resolved = yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False)
         write_text(self.folder / "config.yaml", resolved)
         self._status("not finished")
@@ -156,7 +158,11 @@ class Run:
         return qat
 
     def _connect(self, callback: QuantizationCallback, comparison: Comparison) -> None:
-        """Let a callback write into this run's table."""
+        """Let a callback write into this run's table. Entries whose labels are the same get numbers, so that
+        none overwrites the files of another."""
+        self._labels[callback.label] += 1
+        if (count := self._labels[callback.label]) > 1:
+            callback.label += f" {count}"
         callback.ledger, callback.comparison = self.ledger, comparison
         callback.float_label = comparison.base
         callback.output_dir, callback.metadata = self.folder / "artifacts", self.metadata

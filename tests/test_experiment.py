@@ -17,10 +17,12 @@ import pytest
 import torch
 import yaml
 
+from qaware.callbacks import PostTrainingQuantization
 from qaware.cli import main
 from qaware.experiment import Experiment, read_experiment
 from qaware.exporters.artifact import Artifact
-from qaware.report.ledger import read_rows
+from qaware.report.ledger import Comparison, read_rows
+from qaware.run import Run
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "tiny.json"
@@ -222,6 +224,10 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
         ({"quantize": [{"recipe": RECIPE, "methods": ["qat"]}]}, "finetune: is missing"),
         ({"quantize": [{"recipe": RECIPE, "export": ["onnx"]}]}, "runtime: 'onnx' is not one of"),
         ({"quantize": [{"recipe": RECIPE, "target": "nope"}]}, "nope"),
+        ({"quantize": [{"recipe": RECIPE, "rounding": "gtpq"}]}, "rounding: 'gtpq' is not one of"),
+        ({"quantize": [{"recipe": RECIPE, "rounding": {"gptq": {"dampin": 1}}}]}, "did you mean 'damping'?"),
+        ({"quantize": [{"recipe": RECIPE, "rounding": ["gptq", "awq"]}]}, "which must be [awq, gptq]"),
+        ({"quantize": [{"recipe": RECIPE, "rounding": []}]}, "rounding: [] must be a name such as gptq"),
         ({"quantize": [{"recipe": RECIPE, "rules": [{"name": "*.dwn_proj"}]}]}, "matches no module"),
         ({"trainer": {"max_stesp": 3}}, "max_stesp"),
         ({"model.init_args.model.hidden_sizes": 3}, "hidden_sizes"),
@@ -243,6 +249,14 @@ def test_mistakes(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("qaware: error: ")
     assert message in error
+
+
+def test_entries_with_the_same_label_are_told_apart(tmp_path: Path) -> None:
+    made = Run(read_experiment(config(tmp_path)))
+    callbacks = [PostTrainingQuantization(RECIPE) for _ in range(3)]
+    for callback in callbacks:
+        made._connect(callback, Comparison("float"))
+    assert [c.label for c in callbacks] == [f"{RECIPE} ptq", f"{RECIPE} ptq 2", f"{RECIPE} ptq 3"]
 
 
 def test_too_short_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

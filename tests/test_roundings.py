@@ -40,6 +40,16 @@ def test_options_and_lists() -> None:
     assert parse_steps({"hqq": None}) == (Hqq(),)
 
 
+def test_labels_tell_options_apart() -> None:
+    def label(rounding: Any) -> str:
+        return Recipe.from_dict({"rules": [{"name": "*"}], "rounding": rounding}).rounding_label
+
+    assert label(["awq", {"gptq": {"damping": 0.1}}]) == "awq+gptq"
+    assert label({"gptq": {"damping": 0.05, "signed": True}}) == "gptq damping=0.05 signed=true"
+    assert label(["smoothquant", "rtn"]) == "smoothquant"
+    assert label("rtn") == "rtn"
+
+
 def test_nearest_rounding_is_what_is_left_out() -> None:
     assert parse_steps(["smoothquant"]) == (SmoothQuant(), Rtn())
     assert parse_steps("bias-correction") == (Rtn(), BiasCorrection())

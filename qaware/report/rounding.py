@@ -157,7 +157,8 @@ def _layers(count: int) -> str:
 def _ratio(line: Line) -> float | None:
     """None where there is nothing to compare: without an error of rtn, or with rtn itself."""
     error, nearest = line["error"], line["rtn_error"]
-    if error is None or not nearest or set(line["method"].split("+")) <= _NEAREST:
+    steps = {step.partition(" ")[0] for step in line["method"].split("+")}  # the rest are options
+    if error is None or not nearest or steps <= _NEAREST:
         return None
     return float(error / nearest)
 

@@ -10,8 +10,10 @@ import pytest
 
 from benchmarks import quality
 from benchmarks.case import FLOAT, Case, quiet
+from benchmarks.quality_mixed import mixed
 from benchmarks.quality_ptq import indivisible, ladder, order, recipe
 from benchmarks.quality_qat import two_bits
+from benchmarks.quality_smooth import smoothing
 from benchmarks.rows import Row, table, write
 from qaware.lm import CausalLM, TextDataModule
 
@@ -75,6 +77,24 @@ def test_the_order_is_that_of_the_figures(case: Case) -> None:
     loss = {detail["model"].split()[1]: detail["d_nats"] for detail in row.details}
     expected = loss["gptq"] < loss["awq"] < loss["rtn"] and max(loss["mse"], loss["hqq"]) < loss["rtn"]
     assert row.met is expected
+
+
+def test_mixed_precision_is_measured_on_windows_that_the_search_did_not_see(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.quality_mixed.CHOSEN_ON", 10)
+    monkeypatch.setattr("benchmarks.quality_mixed.WIDTHS", (2, 3, 4))
+    (row,) = mixed(case)
+    gap, left = row.details[0]["d_nats"], row.details[1]["d_nats"]
+    assert row.value.startswith(f"{(gap - left) / gap:.1%} of {gap:.3f} nats")
+    assert "measured on the other 14" in row.case
+    assert gap != row.details[2]["d_nats"]
+
+
+def test_outliers_are_planted_without_a_change_of_the_function(case: Case) -> None:
+    (row,) = smoothing(case)
+    assert abs(row.details[0]["d_nats"]) < 1e-4
+    assert row.details[1]["d_nats"] > row.details[2]["d_nats"]
 
 
 def test_training_is_compared_with_a_control_of_as_many_steps(

@@ -215,6 +215,14 @@ def test_float_training_is_not_resumed_with_scales(tmp_path: Path) -> None:
     trainer(callbacks=[plain], **options).fit(LitLM(), loader(), loader(9), ckpt_path=tmp_path / "float.ckpt")
 
 
+def test_a_checkpoint_without_scales_says_so(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="plain")
+    fit(QuantizationAwareTraining(recipe("none"), convert=False), None, keep, enable_checkpointing=True)
+    runner = trainer(callbacks=[QuantizationAwareTraining(recipe("lsq"), convert=False)])
+    with pytest.raises(QawareError, match="learning 'none' there, 'lsq' here"):
+        runner.fit(LitLM(), loader(), loader(9), ckpt_path=tmp_path / "plain.ckpt")
+
+
 def test_without_a_trainer() -> None:
     torch.manual_seed(0)
     model: Any = qaware.prepare(LitLM(), recipe("range"))
@@ -238,7 +246,7 @@ def test_scales_do_not_count_as_size() -> None:
 
 
 def test_rounding_is_for_ptq_and_said_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    steps = ["smoothquant", {"gptq": {"damping": 0.05}}]
+    steps = ["smoothquant", "gptq"]
     qat = QuantizationAwareTraining(recipe("none", steps), output_dir=tmp_path / "with")
     caplog.set_level("INFO")
     model = fit(qat)

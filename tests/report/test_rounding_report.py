@@ -48,8 +48,9 @@ def test_the_summary() -> None:
 
 
 def test_rounding_to_nearest_is_not_compared_with_itself() -> None:
-    nearest = RoundingReport((RoundedLayer("a", "awq+bias-correction", 0.01, 0.01),))
-    assert summary(nearest.to_dict()["layers"]) == ["1 layer by awq+bias-correction."]
+    for method in ("awq+bias-correction", "smoothquant alpha=0.7"):
+        nearest = RoundingReport((RoundedLayer("a", method, 0.01, 0.01),))
+        assert summary(nearest.to_dict()["layers"]) == [f"1 layer by {method}."]
 
 
 def test_files(tmp_path: Path) -> None:
