@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.case import Case
+from benchmarks.case import FLOAT, Case
 from benchmarks.quality_ptq import EIGHT, recipe
 from benchmarks.rows import Row
 
@@ -48,6 +48,7 @@ def _recovered(case: Case, runtime: str, base: str) -> Row:
         f"{STEPS} steps, lr {LR:g} (cosine), learned scales, distillation 1; float control of as many steps",
         missed_by="" if share >= 0.7 else f"{0.7 - share:.1%}",
         details=[
+            case.detail(FLOAT, "float", base),
             case.detail(base, "float", base),
             *(case.detail(f"int4 {method}", runtime, base) for method in ("ptq", "qat")),
         ],
@@ -92,6 +93,7 @@ def two_bits(case: Case) -> list[Row]:
             "distillation 1; float control of as many steps",
             missed_by="" if share >= 0.92 else f"{0.92 - share:.1%}",
             details=[
+                case.detail(FLOAT, "float", base),
                 case.detail(base, "float", base),
                 case.detail("int2 rtn", "converted", base),
                 case.detail("int2 qat", "converted", base),

@@ -134,7 +134,13 @@ class PostTrainingQuantization(QuantizationCallback):
                 f"{type(pl_module).__name__}: was prepared for QAT; its result is in that callback, "
                 "or give PTQ a float model"
             )
-        self._plan = self.make_plan(trainer, pl_module)
+        plan = self.make_plan(trainer, pl_module)
+        if plan.needs_batches and not is_overridden("validation_step", pl_module):
+            raise QawareError(
+                f"calibration: runs batches through validation_step, and {type(pl_module).__name__} has none"
+                "; define it, or give the trained module to qaware.quantize"
+            )
+        self._plan = plan
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         plan = self._plan

@@ -27,13 +27,33 @@ def atomic(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise QawareError(
-            f"{path}: cannot be written ({error.strerror or error}); free or choose another folder"
-        ) from error
+        raise _refused(path, error) from error
     finally:
         # Where the folder is none, there is nothing to remove, and that is not the error to report.
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def require_writable(path: Path) -> None:
+    """Refuse, before anything expensive, a file that could not be written; its folder is made.
+
+    Raises:
+        QawareError: the folder cannot be written, or ``path`` is one.
+    """
+    if path.is_dir():
+        raise QawareError(f"{path}: is a folder; give the path of a file")
+    probe = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> QawareError:
+    why = error.strerror or error
+    return QawareError(f"{path}: cannot be written ({why}); free or choose another folder")
 
 
 def write_text(path: Path, text: str) -> None:

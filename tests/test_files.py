@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from qaware.errors import QawareError
-from qaware.files import atomic, sha256, write_json, write_text
+from qaware.files import atomic, require_writable, sha256, write_json, write_text
+
+
+def test_a_file_that_could_not_be_written_is_refused_before(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "a.txt")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(QawareError, match="is a folder"):
+        require_writable(tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QawareError, match="cannot be written"):
+        require_writable(tmp_path / "file" / "a.txt")
 
 
 def test_text_and_json_arrive_in_a_new_folder(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qaware.engines.base import QuantizedModel
 from qaware.exporters.base import Exporter, Runner, Tolerance, Written, one_step
 from qaware.exporters.delegation import delegation
 from qaware.exporters.executorch_errors import explained
-from qaware.exporters.executorch_limits import refusal, widened
+from qaware.exporters.executorch_limits import refusal, signed_scales, widened
 from qaware.exporters.executorch_lowering import (
     exported,
     fit_kernels,
@@ -67,6 +67,10 @@ class ExecuTorchExporter(Exporter):
     def refuse(self, decision: Decision) -> str | None:
         """Why XNNPACK, or ExecuTorch's embedding kernels, cannot hold one layer as planned."""
         return refusal(decision)
+
+    def refuse_plan(self, plan: Plan) -> str | None:
+        """Scales below zero."""
+        return signed_scales(plan)
 
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path

@@ -8,7 +8,7 @@ asymmetric one its zero points, without an error or a warning.
 from __future__ import annotations
 
 from qaware.matching import CONVOLUTIONS
-from qaware.plan import Decision
+from qaware.plan import Decision, Plan
 from qaware.scheme import Scheme
 
 _BLOCK = 32
@@ -32,6 +32,25 @@ def refusal(decision: Decision) -> str | None:
         kind = "convolutions" if decision.type in CONVOLUTIONS else "linear layers"
         return f"weight-only int{scheme.bits} {kind} lose their scales on XNNPACK, silently"
     return _refuse_weight(scheme, decision.width)
+
+
+def signed_scales(plan: Plan) -> str | None:
+    """Why XNNPACK cannot hold what the rounding of a plan may give a linear layer, or None."""
+    step = next((step for step in plan.recipe.steps if getattr(step, "signed", False)), None)
+    if step is None or not any(_turns(decision) for decision in plan.quantized.values()):
+        return None
+    return (
+        f"rounding.{step.name}.signed: true makes scales below zero, which XNNPACK refuses; leave signed out"
+    )
+
+
+def _turns(decision: Decision) -> bool:
+    """Whether a scale below zero is another grid for this layer, and its kernel is XNNPACK's."""
+    scheme = decision.scheme
+    if scheme is None or scheme.is_float or scheme.is_static or decision.type == "Embedding":
+        return False
+    low, high = scheme.range
+    return scheme.symmetric and low != -high
 
 
 def kernel_bits(decision: Decision) -> int | None:

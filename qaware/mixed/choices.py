@@ -31,8 +31,11 @@ def open_choices(
     """The weights that a runtime takes in some width, and their choices. Others stay float.
 
     Raises:
-        QawareError: there are none, or the smallest have more bits for each weight than the budget.
+        QawareError: a runtime refuses the plan as a whole, there are no such weights, or the smallest have
+            more bits for each weight than the budget.
     """
+    if refused := [message for e in exporters if (message := e.refuse_plan(plan))]:
+        raise QawareError(f"recipe {plan.recipe.name!r}: {' | '.join(refused)}")
     weights = stored_weights(plan)
     if not weights:
         plan.require_possible()

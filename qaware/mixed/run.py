@@ -19,7 +19,7 @@ from qaware.errors import QawareError
 from qaware.experiment import Experiment, Quantize, build_model
 from qaware.exporters import get_exporter
 from qaware.exporters.base import first_line
-from qaware.files import write_json
+from qaware.files import require_writable, write_json
 from qaware.mixed.choices import open_choices
 from qaware.mixed.found import Found
 from qaware.mixed.search import Search, Settings
@@ -29,7 +29,7 @@ from qaware.mixed.trial import Source
 from qaware.pipeline import Progress
 from qaware.plan import Plan
 from qaware.report.search import plot_frontier
-from qaware.report.sensitivity import write_sensitivity
+from qaware.report.sensitivity import STEM, write_sensitivity
 from qaware.run import FLOAT, Run
 from qaware.tasks import Task
 
@@ -102,6 +102,7 @@ class SensitivityRun(MeasuredRun):
         require_method(method)
         super().__init__(experiment, recipe, windows, checkpoint)
         self.method, self.out = method, Path(out) if out else self.folder
+        require_writable(self.out / f"{STEM}.md")
 
     def _stages(self) -> None:
         model, data, _, part, plan = self._opened()
@@ -132,8 +133,8 @@ class SearchRun(MeasuredRun):
         experiment train it, by its ``finetune``, instead of PTQ.
 
         Raises:
-            QawareError: the experiment names no runtime, one of them is not installed, or there is no
-                ``finetune`` to train by.
+            QawareError: the experiment names no runtime, one of them is not installed, there is no
+                ``finetune`` to train by, or ``out`` cannot be written.
         """
         entry = entry_of(experiment, base)
         method = "qat" if train else "ptq"
@@ -150,6 +151,9 @@ class SearchRun(MeasuredRun):
             name=f"{entry.load_recipe().name.rstrip('+')}-{settings.budget.slug}",
         )
         self.path = Path(out) if out else self.folder / "recipe.yaml"
+        if self.path.suffix not in (".yaml", ".yml"):
+            raise QawareError(f"out: {self.path} is read as a recipe's file later; let it end in .yaml")
+        require_writable(self.path)
 
     def _stages(self) -> None:
         model, data, task, part, plan = self._opened()
@@ -185,6 +189,8 @@ def load_weights(model: pl.LightningModule, path: Path) -> None:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(loaded.get("state_dict", loaded))
+    except OSError as error:
+        raise QawareError(f"checkpoint: {path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # each kind of damage raises its own
         raise QawareError(f"checkpoint: {path} does not fit the model ({first_line(error)})") from error
 

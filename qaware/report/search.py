@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,8 +72,10 @@ def _draw(axes: object, points: list[Point], style: str, color: str, label: str)
     axes.errorbar(
         [p.bpw for p in points],
         [_height(p) for p in points],
-        # Downwards no further than the axis goes.
-        yerr=[[min(w, _height(p) - _LEAST) for p, w in _widths(points)], [w for _, w in _widths(points)]],
+        yerr=[
+            [_height(p) - low for p, low, _ in _ends(points)],
+            [up - _height(p) for p, _, up in _ends(points)],
+        ],
         fmt=style,
         color=color,
         label=label,
@@ -88,9 +91,12 @@ def _height(point: Point) -> float:
     return _LEAST if point.measured is None else max(point.measured.d_nats, _LEAST)
 
 
-def _widths(points: list[Point]) -> list[tuple[Point, float]]:
-    """An interval of one window is infinite, which cannot be drawn."""
-    return [(p, p.measured.ci95 if p.measured and p.measured.ci95 < float("inf") else 0.0) for p in points]
+def _ends(points: list[Point]) -> list[tuple[Point, float, float]]:
+    """Where the interval of each begins and ends, no lower than the axis does. One of a single window is
+    infinite, which cannot be drawn."""
+    costs = [(p, p.measured) for p in points]
+    known = [(p, c.d_nats if c else 0.0, c.ci95 if c and math.isfinite(c.ci95) else 0.0) for p, c in costs]
+    return [(p, max(value - width, _LEAST), max(value + width, _LEAST)) for p, value, width in known]
 
 
 def _line(label: str, point: Point) -> str:

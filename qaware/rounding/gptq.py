@@ -56,8 +56,10 @@ def _factor(hessian: Tensor, step: Gptq) -> tuple[Tensor, Tensor, float] | None:
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     columns = torch.arange(hessian.shape[1], device=hessian.device).expand(diagonal.shape)
     order = diagonal.argsort(dim=1, descending=True, stable=True) if step.act_order else columns
-    ordered = hessian.double().gather(1, order.unsqueeze(2).expand_as(hessian))
-    ordered = ordered.gather(2, order.unsqueeze(1).expand_as(hessian))
+    ordered = hessian.double()
+    if step.act_order:
+        ordered = ordered.gather(1, order.unsqueeze(2).expand_as(hessian))
+        ordered = ordered.gather(2, order.unsqueeze(1).expand_as(hessian))
     damping = step.damping
     for _ in range(_TRIES):
         lower, failed = torch.linalg.cholesky_ex(_damped(ordered, damping))
@@ -71,9 +73,10 @@ def _factor(hessian: Tensor, step: Gptq) -> tuple[Tensor, Tensor, float] | None:
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
     """``hessian`` with a share of its mean diagonal, or 1 where nothing but zeros was seen, added to it."""
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
-    unit = torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
-    return hessian + torch.where(mean > 0, damping * mean, 1.0) * unit
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    damped = hessian.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, damping * mean, 1.0))
+    return damped
 
 
 def _target(weight: Tensor, moments: Moments, hessian: Tensor, damping: float) -> Tensor:

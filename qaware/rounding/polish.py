@@ -16,6 +16,8 @@ from qaware.rounding.grid import Grid
 
 _BLOCK = 128
 _RIDGE = 1e-6
+_NUMBERS = 1 << 22
+"""Of the equations for scales that are solved at once."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,23 @@ def _sweep(problem: Problem, rounded: Tensor, scale: Tensor, zero_point: Tensor)
 
 def _fitted(problem: Problem, rounded: Tensor, scale: Tensor) -> Tensor:
     """The legal scales nearest to those of least squares for the integers; none changes its sign."""
+    count = max(_NUMBERS // scale.shape[1] ** 2, 1)
+    if len(problem.hessian) > 1 or problem.grid.scheme.per_tensor or count >= len(scale):
+        return _fit(problem, rounded, scale)
+    rows = zip(problem.target.split(count), rounded.split(count), scale.split(count), strict=True)
+    return torch.cat([_fit(Problem(t, problem.hessian, problem.grid), r, s) for t, r, s in rows])
+
+
+def _fit(problem: Problem, rounded: Tensor, scale: Tensor) -> Tensor:
+    """:func:`_fitted` for some rows, each with a system of equations for its blocks."""
     levels = rounded.view(*scale.shape, -1) / scale.unsqueeze(-1)
-    products, wanted = [], []
+    matrix = scale.new_empty(*scale.shape, scale.shape[1], dtype=torch.float64)
+    right = torch.empty_like(scale, dtype=torch.float64)
     for block in range(scale.shape[1]):
         part = slice(block * levels.shape[2], (block + 1) * levels.shape[2])
         moved = (problem.grouped(levels[:, block]) @ problem.hessian[:, part]).flatten(0, 1)
-        products.append((moved.view_as(levels) * levels).sum(2))
-        wanted.append((moved * problem.target).sum(1))
-    matrix, right = torch.stack(products, 1).double(), torch.stack(wanted, 1).double()
+        matrix[:, block] = (moved.view_as(levels) * levels).sum(2)
+        right[:, block] = (moved * problem.target).sum(1)
     if problem.grid.scheme.per_tensor:
         matrix, right = matrix.sum(0, keepdim=True), right.sum(0, keepdim=True)
     ridge = _RIDGE * matrix.diagonal(dim1=1, dim2=2).amax(1).clamp(min=_RIDGE)

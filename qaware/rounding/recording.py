@@ -6,8 +6,9 @@ batches pass through the user's own step once; what that calls is kept, and call
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ class Call:
         """What the call gives, with the same random numbers each time; neither ``model`` nor the recording
         is changed."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with same_draws(), own_buffers(model, self.buffers):
+        with _uncompiled(), same_draws(), own_buffers(model, self.buffers):
             return self.example.copy().to(device).run(model.get_submodule(self.module))
 
 
@@ -121,11 +122,20 @@ def record(model: nn.Module, run_pass: Callable[[Look], None]) -> Recording:
     Raises:
         QawareError: the batches did not call the model.
     """
-    with torch.no_grad(), same_draws(), own_buffers(model), Recorder(model) as recorder:
+    with torch.no_grad(), _uncompiled(), same_draws(), own_buffers(model), Recorder(model) as recorder:
         run_pass(recorder)
     if not _anywhere(bool(recorder.calls)):
         raise QawareError("calibration: no batch called the model; give batches on which it runs")
     return recorder.calls
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Compiled models run as they are written: each hook would be a reason to compile again, and past the
+    limit of that to leave it out."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _anywhere(here: bool) -> bool:

@@ -515,3 +515,17 @@ def test_what_cannot_be_scored_is_said_before_training() -> None:
     with pytest.raises(QawareError, match="was not called by validation_step"):
         trainer(callbacks=[ptq, Watch()]).fit(Elsewhere(), images(), images(9))
     assert seen == []
+
+
+def test_no_validation_step_to_calibrate_with_is_said_before_training(tmp_path: Path) -> None:
+    class Trained(LitClassifier):
+        validation_step = None  # type: ignore[assignment]
+
+    gptq = {"rounding": "gptq", "rules": [{"type": "Linear", "scheme": {"bits": 8}}]}
+    for recipe in ("int8-static", gptq):
+        model = Trained()
+        before = copy.deepcopy(model.state_dict())
+        ptq = PostTrainingQuantization(recipe, "net", score=False, output_dir=tmp_path)
+        with pytest.raises(QawareError, match="through validation_step, and Trained has none"):
+            trainer(callbacks=[ptq]).fit(model, images())
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qaware.exporters.executorch_limits import kernel_bits, refusal, widened
-from qaware.plan import Decision
+from qaware.exporters.executorch_limits import kernel_bits, refusal, signed_scales, widened
+from qaware.plan import Decision, Plan
+from qaware.recipe import Recipe
 from qaware.scheme import Scheme
 
 DYNAMIC = {"activation": "int8-dynamic", "scale_dtype": "bfloat16"}
@@ -54,3 +55,23 @@ def test_the_narrowest_kernel_that_holds_the_integers(
 )
 def test_refusals(scheme: Scheme, kind: str, said: str) -> None:
     assert said in str(refusal(layer(scheme, kind)))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind", "refused"),
+    [
+        (Scheme(4, 32, **DYNAMIC), "Linear", True),
+        (Scheme(8, activation="int8-dynamic"), "Linear", True),
+        (Scheme(3, 32, levels="stretched", **DYNAMIC), "Linear", False),
+        (Scheme(4, activation="int8-static"), "Linear", False),
+        (Scheme(4, 32), "Embedding", False),
+        (Scheme(16), "Linear", False),
+    ],
+)
+def test_scales_below_zero(scheme: Scheme, kind: str, refused: bool) -> None:
+    for name in ("gptq", "mse"):
+        recipe = Recipe.from_dict({"rules": [{"name": "*"}], "rounding": {name: {"signed": True}}})
+        said = signed_scales(Plan(recipe, (layer(scheme, kind),)))
+        assert (said is not None) == refused
+        assert said is None or f"rounding.{name}.signed: true makes scales below zero" in said
+    assert signed_scales(Plan(Recipe.from_dict({"rules": [{"name": "*"}], "rounding": "gptq"}), ())) is None

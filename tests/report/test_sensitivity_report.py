@@ -15,7 +15,7 @@ from qaware.mixed.prices import Price
 from qaware.mixed.sensitivity import LayerSensitivity, Sensitivity
 from qaware.mixed.trial import Cost
 from qaware.recipe import Recipe
-from qaware.report.search import plot_frontier, search_lines
+from qaware.report.search import _ends, plot_frontier, search_lines
 from qaware.report.sensitivity import BARS, plot_sensitivity, print_sensitivity, write_sensitivity
 
 RECIPE = Recipe.from_dict({"name": "mixed", "rules": [{"type": "Linear", "scheme": {"bits": 4}}]})
@@ -99,6 +99,17 @@ def test_the_search_beside_uniform_widths() -> None:
     assert "4.000 bpw" in lines[1]
     assert "-0.0010 ±0.0100 nats" in lines[1]
     assert lines[3].endswith("+0.0120 ±0.0020 nats")
+
+
+def test_intervals_end_where_they_do_on_an_axis_that_ends_above_zero() -> None:
+    def end(d_nats: float, ci95: float) -> tuple[float, float]:
+        ((_, low, up),) = _ends([Point((3,), 3.5, 1, 0.1, Cost(d_nats, ci95, 0.1))])
+        return low, up
+
+    assert end(0.5, 0.1) == pytest.approx((0.4, 0.6))
+    assert end(0.5, 0.7) == pytest.approx((1e-5, 1.2))
+    assert end(-0.5, 0.1) == (1e-5, 1e-5)
+    assert end(0.5, math.inf) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("ci95", [0.01, math.inf])

@@ -155,6 +155,16 @@ def test_a_broken_weight_names_the_layer() -> None:
             quantized(model, method)
 
 
+def test_a_compiled_model_gets_the_same_integers() -> None:
+    eager, compiled, batches = net(), torch.compile(net(), backend="eager"), ids(batches=10)
+    torch._dynamo.reset()
+    compiled(batches[0])
+    made = [qaware.quantize(m, recipe("gptq"), calibration=batches).weights for m in (eager, compiled)]
+    assert len(made[0]) == len(made[1]) == 5
+    for name, weight in made[0].items():
+        assert torch.equal(weight.data, made[1][f"_orig_mod.{name}"].data)
+
+
 def test_a_network_with_a_memory() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:

@@ -69,3 +69,13 @@ def test_scales_are_those_of_least_squares() -> None:
     best = torch.linalg.lstsq(basis.T, (made.target[0] @ root).unsqueeze(1)).solution
     ideal = made.error((levels[0].view(4, 16) * best).view(1, 64).expand(12, 64))[0]
     assert float(made.error(fitted)[0]) <= float(ideal) * 1.001
+
+
+def test_rows_that_are_fitted_apart_are_fitted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = problem(bits=4, group_size=16)
+    start = mse.choose(made.target, made.grid, Mse(), None)
+    _, whole = polish(made, start.weight, start.scale, start.zero_point, 2)
+    monkeypatch.setattr("qaware.rounding.polish._NUMBERS", 5 * 4**2)  # 5 rows of 4 blocks at a time
+    _, parts = polish(made, start.weight, start.scale, start.zero_point, 2)
+    torch.testing.assert_close(parts, whole)
+    assert not torch.equal(whole, start.scale)
