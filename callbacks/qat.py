@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from qaware.callbacks.averages import averages, expect_override
 from qaware.callbacks.base import QuantizationCallback, refuse_double
-from qaware.callbacks.batch_norm import freeze_batch_norm, refuse_sync, share_statistics
+from qaware.callbacks.batch_norm import refuse_sync, share_statistics
 from qaware.callbacks.data import find_target
 from qaware.callbacks.distillation import Distillation, float_copy, require_loss
 from qaware.callbacks.hooks import override, restore
@@ -21,13 +21,13 @@ from qaware.callbacks.nested import detached_copy
 from qaware.callbacks.prepared import is_built, require_continuation
 from qaware.callbacks.restoring import add_missing_keys, apply_plan, require_in_time, restore_structure
 from qaware.callbacks.scales import begin_scales, refuse_float_optimizer, report_idle
+from qaware.callbacks.schedule import Schedule
 from qaware.callbacks.state import KEY, get_state, require_same_recipe
 from qaware.callbacks.strategies import refuse_flat, require_prepared
 from qaware.engines.base import float_bytes
 from qaware.engines.fake_quant import is_rounding, set_fake_quant, set_softness
-from qaware.errors import QawareError
 from qaware.exporters.check import require_legal
-from qaware.observers import all_reduce, observers
+from qaware.observers import all_reduce
 from qaware.plan import Plan
 from qaware.recipe import Recipe
 from qaware.tasks import Task
@@ -90,21 +90,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         super().__init__(
             recipe, target, export, output_dir, score, score_batches, metrics, on_failure, engine
         )
-        if start_step < 0:
-            raise QawareError(f"start_step: {start_step} must be 0 or more")
-        if anneal_steps < 0:
-            raise QawareError(f"anneal_steps: {anneal_steps} must be 0 or more")
-        steps = {
-            "freeze_observers_step": freeze_observers_step,
-            "freeze_batch_norm_step": freeze_batch_norm_step,
-        }
-        for key, step in steps.items():
-            if step is not None and step < 1:
-                raise QawareError(f"{key}: {step} must be at least 1, or None")
+        self.schedule = Schedule(start_step, anneal_steps, freeze_observers_step, freeze_batch_norm_step)
         self.start_step = start_step
-        self.freeze_observers_step = freeze_observers_step
-        self.freeze_batch_norm_step = freeze_batch_norm_step
-        self.anneal_steps = anneal_steps
         self.convert = convert
         self._teacher = Distillation(distillation, target)
         self.distillation = self._teacher.weight
@@ -255,21 +242,9 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _set_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule, observing: bool) -> None:
         """Flags as a function of the step alone, so that a resume lands where it left."""
         step = trainer.global_step
-        set_fake_quant(pl_module, step >= self.start_step)
-        set_softness(pl_module, self._softness(step))
-        if step >= self.start_step and self.recipe.learning != "none":
+        self.schedule.set_phase(pl_module, self.target, step, observing)
+        if self.schedule.rounds(step) and self.recipe.learning != "none":
             begin_scales(trainer, pl_module)
-        frozen = self.freeze_observers_step is not None and step >= self.freeze_observers_step
-        for observer in observers(pl_module):
-            observer.observing = observing and not frozen
-        if observing and self.freeze_batch_norm_step is not None and step >= self.freeze_batch_norm_step:
-            freeze_batch_norm(find_target(pl_module, self.target))
-
-    def _softness(self, step: int) -> float:
-        """From 1 at ``start_step`` down to 0 when the annealing is over."""
-        if not self.anneal_steps:
-            return 0.0
-        return min(1.0, 1.0 - (step - self.start_step) / self.anneal_steps)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Convert, score and export a copy."""

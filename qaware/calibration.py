@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qaware.buffers import own_buffers
 from qaware.calibration_checks import Watch, layer_name
 from qaware.engines.fake_quant import set_fake_quant
 from qaware.errors import QawareError
@@ -52,8 +53,9 @@ class Look:
 def calibrate(model: nn.Module, run_pass: Callable[[Look], None]) -> None:
     """Observe a prepared model's activations, on all ranks together.
 
-    Every pass sees the float model and starts from the same random state, so that shuffled or augmented
-    data is the same each time and on each rank. The caller's random state is put back.
+    Every pass sees the float model and starts from the same random state and buffers, so that shuffled or
+    augmented data is the same each time and on each rank. The caller's random state is put back, and the
+    model's own buffers are as they were.
 
     Args:
         model: prepared; its earlier statistics are forgotten.
@@ -69,7 +71,7 @@ def calibrate(model: nn.Module, run_pass: Callable[[Look], None]) -> None:
             observer.reset_parameters()
         with Watch({n: m for n, m in model.named_modules() if isinstance(m, MinMaxObserver)}) as watch:
             for index in range(passes(model)):
-                with same_draws():
+                with same_draws(), own_buffers(model, but=(MinMaxObserver,)):
                     _one_pass(model, Look([o for o in watching if index < o.passes], index, watch), run_pass)
     finally:
         for observer in watching:

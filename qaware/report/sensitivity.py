@@ -117,7 +117,7 @@ def _cells(layer: LayerSensitivity) -> list[str]:
         size_text(layer.bytes),
         "" if cost is None else f"{cost.d_nats:+.4f} ±{cost.ci95:.4f}",
         "" if cost is None else f"{cost.kl:.2e}",
-        "" if layer.estimate is None else f"{layer.estimate:.4f}",
+        "" if layer.estimate is None else f"{layer.estimate:.2e}",
     ]
 
 

@@ -7,8 +7,8 @@ batches pass through the user's own step once; what that calls is kept, and call
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qaware.buffers import own_buffers
 from qaware.calibration import Look, same_draws
 from qaware.calibration_checks import Watch
 from qaware.engines.example import Example
@@ -43,26 +44,6 @@ class Call:
 
 Recording = list[Call]
 """All calls, in order. Tensors are on the CPU."""
-
-
-@contextmanager
-def own_buffers(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Inside, the buffers of ``model`` are copies, those in ``values`` with these values; what is written to
-    them is gone afterwards."""
-    kept = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    copies: dict[int, Tensor] = {}
-    for name, module in model.named_modules():
-        for key, buffer in module._buffers.items():
-            value = (values or {}).get(f"{name}.{key}" if name else key, buffer)
-            if value is not None:
-                device = value.device if buffer is None else buffer.device
-                module._buffers[key] = copies.setdefault(id(buffer), value.to(device, copy=True))
-    try:
-        yield
-    finally:
-        for buffers, before in kept:
-            buffers.clear()
-            buffers.update(before)
 
 
 class Recorder(Look):
@@ -130,8 +111,7 @@ def record(model: nn.Module, run_pass: Callable[[Look], None]) -> Recording:
 
 
 def _uncompiled() -> AbstractContextManager[None]:
-    """Compiled models run as they are written: each hook would be a reason to compile again, and past the
-    limit of that to leave it out."""
+    """Compiled models run as they are written: each hook would be a reason to compile again."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
         return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")

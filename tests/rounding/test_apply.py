@@ -155,14 +155,20 @@ def test_a_broken_weight_names_the_layer() -> None:
             quantized(model, method)
 
 
-def test_a_compiled_model_gets_the_same_integers() -> None:
-    eager, compiled, batches = net(), torch.compile(net(), backend="eager"), ids(batches=10)
-    torch._dynamo.reset()
-    compiled(batches[0])
-    made = [qaware.quantize(m, recipe("gptq"), calibration=batches).weights for m in (eager, compiled)]
-    assert len(made[0]) == len(made[1]) == 5
-    for name, weight in made[0].items():
-        assert torch.equal(weight.data, made[1][f"_orig_mod.{name}"].data)
+def test_a_compiled_model_is_not_compiled_again_for_each_layer() -> None:
+    graphs: list[object] = []
+
+    def backend(graph: Any, inputs: object) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled: Any = torch.compile(net(), backend=backend)
+    compiled(ids()[0])
+    assert len(graphs) == 1
+    made = quantized(compiled, "gptq").weights
+    assert len(graphs) == 1
+    for name, weight in quantized(net(), "gptq").weights.items():
+        assert torch.equal(weight.data, made[f"_orig_mod.{name}"].data)
 
 
 def test_a_network_with_a_memory() -> None:

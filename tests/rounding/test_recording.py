@@ -10,9 +10,10 @@ from recorded import recorded
 from rounded import ids, net
 from torch import Tensor, nn
 
+from qaware.buffers import own_buffers
 from qaware.calibration import Look
 from qaware.errors import QawareError
-from qaware.rounding.recording import own_buffers, record
+from qaware.rounding.recording import record
 
 
 def test_calls_are_kept_in_order() -> None:
