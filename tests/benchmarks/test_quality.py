@@ -103,7 +103,12 @@ def test_training_is_compared_with_a_control_of_as_many_steps(
     monkeypatch.setattr("benchmarks.quality_qat.STEPS", 3)
     monkeypatch.setattr("benchmarks.quality_qat.TWO_BIT_STEPS", 5)
     (row,) = two_bits(case)
-    assert [detail["model"] for detail in row.details] == ["float", "float control, 5 steps", "int2 rtn", "int2 qat"]
+    assert [detail["model"] for detail in row.details] == [
+        "float",
+        "float control, 5 steps",
+        "int2 rtn",
+        "int2 qat",
+    ]
     rtn, qat = row.details[2]["d_nats"], row.details[3]["d_nats"]
     assert row.value.startswith(f"{(rtn - qat) / rtn:.1%}")
     assert row.details[1]["d_nats"] == 0

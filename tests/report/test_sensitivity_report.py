@@ -55,7 +55,7 @@ def test_three_files_are_written(tmp_path: Path) -> None:
     ]
     assert png(path.with_suffix(".png"))
     text = path.read_text(encoding="utf-8")
-    assert "| embed = head | int4 g32 | 4,096 | 2.30 kB | +0.5000 ±0.0100 | 4.00e-01 | 0.3000 |" in text
+    assert "| embed = head | int4 g32 | 4,096 | 2.30 kB | +0.5000 ±0.0100 | 4.00e-01 | 3.00e-01 |" in text
     assert "all layers together: +1.2500 ±0.0200; their sum: +0.9167" in text
     assert "Spearman) of estimate and KL: 0.900" in text
     assert "tied: one weight" in text
