@@ -66,11 +66,16 @@ class Case:
         trainer.fit(model, datamodule=self.data)
         self.add_float(label, model)
 
-    def ptq(self, label: str, recipe: Any, base: str = FLOAT, export: Sequence[str] = ()) -> None:
-        """Post-training quantization of the float model ``base``."""
-        ptq = PostTrainingQuantization(
-            recipe, export=export, on_failure="warn", calibration_batches=CALIBRATION_BATCHES
-        )
+    def ptq(
+        self,
+        label: str,
+        recipe: Any,
+        base: str = FLOAT,
+        export: Sequence[str] = (),
+        batches: int = CALIBRATION_BATCHES,
+    ) -> None:
+        """Post-training quantization of the float model ``base``, calibrated on ``batches``."""
+        ptq = PostTrainingQuantization(recipe, export=export, on_failure="warn", calibration_batches=batches)
         self._connect(ptq, label, base)
         self._trainer([ptq], limit_val_batches=1).validate(
             self.models[base], datamodule=self.data, verbose=False
