@@ -12,7 +12,8 @@ from torch import Tensor, nn
 def own_buffers(
     model: nn.Module, values: Mapping[str, Tensor] | None = None, but: tuple[type[nn.Module], ...] = ()
 ) -> Iterator[None]:
-    """Inside, the buffers of ``model`` are copies; what is written to them is gone afterwards.
+    """Inside, the buffers of ``model`` are copies; what is written to them is gone afterwards. One that a run
+    makes, where there was none, stays.
 
     Args:
         model: any module.
@@ -32,5 +33,4 @@ def own_buffers(
         yield
     finally:
         for buffers, before in kept:
-            buffers.clear()
             buffers.update(before)
