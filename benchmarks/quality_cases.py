@@ -61,6 +61,7 @@ def text_model(folder: Path) -> Case:
         lr=2e-3,
         warmup_steps=40,
         weight_decay=0.1,
+        cosine=True,
     )
     trainer = pl.Trainer(
         accelerator="cpu",

@@ -10,22 +10,23 @@ from benchmarks.quality_ptq import recipe
 from benchmarks.rows import Row
 from qaware.metrics.score import Score, paired
 
-BITS, WIDTHS = 3, (2, 3, 4, 5, 6)
+WIDTHS = (2, 3, 4, 5, 6)
 CHOSEN_ON = 40
 """Windows that the search sees; the row is measured on the others."""
 
 
-def mixed(case: Case) -> list[Row]:
-    """Uniform 3 bits, and a recipe of half a bit more, both by nearest rounding."""
-    base = recipe(case, BITS, narrow={"bits": BITS})
-    case.ptq("int3 uniform", base)
+def mixed(case: Case, bits: int) -> list[Row]:
+    """One width for all layers, and a recipe of half a bit more, both by nearest rounding."""
+    base = recipe(case, bits, narrow={"bits": bits})
+    uniform, richer = f"int{bits} uniform", f"int{bits} + 0.5 bit"
+    case.ptq(uniform, base)
     spent = _bits_per_weight(case, base)
     found = qaware.search(
         case.models[FLOAT], base, case.data, f"{spent + 0.5:.4f}bpw", bits=WIDTHS, windows=CHOSEN_ON
     )
-    case.ptq("int3 + 0.5 bit", found.recipe)
-    gap, width = _held_out(case, "int3 uniform")
-    left, left_width = _held_out(case, "int3 + 0.5 bit")
+    case.ptq(richer, found.recipe)
+    gap, width = _held_out(case, uniform)
+    left, left_width = _held_out(case, richer)
     closed = (gap - left) / gap
     count = len(case.score(FLOAT, "float").losses) - CHOSEN_ON
     return [
@@ -39,10 +40,10 @@ def mixed(case: Case) -> list[Row]:
             f"widths {', '.join(map(str, WIDTHS))}, nearest rounding",
             missed_by="" if closed >= 0.5 else f"{0.5 - closed:.1%}",
             details=[
-                {"model": "int3 uniform, other windows", "d_nats": gap, "ci95": width},
-                {"model": "int3 + 0.5 bit, other windows", "d_nats": left, "ci95": left_width},
-                case.detail("int3 uniform"),
-                case.detail("int3 + 0.5 bit"),
+                {"model": f"{uniform}, other windows", "d_nats": gap, "ci95": width},
+                {"model": f"{richer}, other windows", "d_nats": left, "ci95": left_width},
+                case.detail(uniform),
+                case.detail(richer),
             ],
         )
     ]

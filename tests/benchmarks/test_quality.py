@@ -84,7 +84,7 @@ def test_mixed_precision_is_measured_on_windows_that_the_search_did_not_see(
 ) -> None:
     monkeypatch.setattr("benchmarks.quality_mixed.CHOSEN_ON", 10)
     monkeypatch.setattr("benchmarks.quality_mixed.WIDTHS", (2, 3, 4))
-    (row,) = mixed(case)
+    (row,) = mixed(case, 3)
     gap, left = row.details[0]["d_nats"], row.details[1]["d_nats"]
     assert row.value.startswith(f"{(gap - left) / gap:.1%} of {gap:.3f} nats")
     assert "measured on the other 14" in row.case
