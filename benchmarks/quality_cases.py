@@ -12,7 +12,7 @@ from qaware.lm import CausalLM, TextDataModule
 SEED = 0
 SEPARATOR = "<|endoftext|>"
 SCORED_STORIES = 200
-TEXT_STEPS = 400
+TEXT_STEPS = 500
 
 
 def stories(shared: Path, folder: Path) -> Case | None:
@@ -43,7 +43,7 @@ def stories(shared: Path, folder: Path) -> Case | None:
 def text_model(folder: Path) -> Case:
     """A Llama with 5.5 million parameters, trained here on Python's own documentation."""
     data = TextDataModule(
-        "python-docs", tokenizer=2048, block_size=128, batch_size=8, cache_dir=str(folder / "cache")
+        "python-docs", tokenizer=2048, block_size=128, batch_size=16, cache_dir=str(folder / "cache")
     )
     pl.seed_everything(SEED, workers=True, verbose=False)
     model = CausalLM(
@@ -58,7 +58,7 @@ def text_model(folder: Path) -> Case:
             "max_position_embeddings": 128,
             "tie_word_embeddings": False,
         },
-        lr=2e-3,
+        lr=3e-3,
         warmup_steps=40,
         weight_decay=0.1,
         cosine=True,
