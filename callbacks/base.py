@@ -20,7 +20,7 @@ from qaware.callbacks.progress import trainer_progress
 from qaware.callbacks.state import CONVERTED, QuantizationState, set_state
 from qaware.engines.choose import ENGINES, lay_out
 from qaware.errors import QawareError
-from qaware.exporters import get_exporter
+from qaware.exporters import get_exporters
 from qaware.exporters.check import require_legal
 from qaware.metrics.hub import load_extra
 from qaware.pipeline import Pipeline, QuantizationResult, predictor, save_plan
@@ -43,7 +43,7 @@ class QuantizationCallback(Callback):
         self,
         recipe: str | dict[str, Any] | Recipe,
         target: str | None = None,
-        export: Sequence[str] = (),
+        export: Sequence[str | dict[str, Any]] = (),
         output_dir: str | Path | None = None,
         score: bool = True,
         score_batches: int = 256,
@@ -55,7 +55,8 @@ class QuantizationCallback(Callback):
         Args:
             recipe: name, path of a YAML file, plain data, or a :class:`qaware.Recipe`.
             target: name of the submodule to quantize and export; None for the whole module.
-            export: runtimes, e.g. ``["executorch", "aoti", "tract"]``.
+            export: runtimes, e.g. ``["executorch", "aoti", "tract"]``; one with options of its exporter as
+                ``{"aoti": {"cache_length": 512}}``.
             output_dir: for artifacts, ``results.jsonl`` and the report; default ``quantized`` in the
                 Trainer's log folder, with a number when there is one already.
             score: measure before and after; needs validation data.
@@ -70,15 +71,13 @@ class QuantizationCallback(Callback):
             raise QawareError(f"on_failure: {on_failure!r} is not one of raise, warn")
         if engine not in ENGINES:
             raise QawareError(f"engine: {engine!r} is not one of {', '.join(ENGINES)}")
-        if isinstance(export, str):
-            raise QawareError(f"export: {export!r} must be a list, e.g. [{export}]")
         if score_batches < 1:
             raise QawareError(
                 f"score_batches: {score_batches} must be at least 1; use score=False for no score"
             )
         self.recipe = Recipe.load(recipe)
         self.target = target
-        self.exporters = [get_exporter(name) for name in export]
+        self.exporters = get_exporters(export)
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.score = score
         self.score_batches = score_batches

@@ -45,7 +45,7 @@ class PostTrainingQuantization(QuantizationCallback):
         self,
         recipe: str | dict[str, Any] | Recipe,
         target: str | None = None,
-        export: Sequence[str] = (),
+        export: Sequence[str | dict[str, Any]] = (),
         output_dir: str | Path | None = None,
         score: bool = True,
         score_batches: int = 256,
@@ -59,7 +59,8 @@ class PostTrainingQuantization(QuantizationCallback):
         Args:
             recipe: name, path of a YAML file, plain data, or a :class:`qaware.Recipe`.
             target: name of the submodule to quantize and export; None for the whole module.
-            export: runtimes, e.g. ``["executorch", "aoti", "tract"]``.
+            export: runtimes, e.g. ``["executorch", "aoti", "tract"]``; one with options of its exporter as
+                ``{"aoti": {"cache_length": 512}}``.
             output_dir: for artifacts and the report; default ``quantized`` in the Trainer's log folder.
             score: measure before and after; needs validation data.
             score_batches: validation batches that are scored at most.

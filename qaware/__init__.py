@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     )
     from qaware.engines.base import QuantizedModel
     from qaware.errors import ParityError, QawareError, RuntimeDiedError
+    from qaware.exporters.isolated import open_artifact
+    from qaware.generating import generate
     from qaware.layers import LayerReport, layer_report
     from qaware.mixed.api import search, sensitivity
     from qaware.plan import Decision, Plan
@@ -46,9 +48,11 @@ _HOME = {
     "RuntimeDiedError": "qaware.errors",
     "Scheme": "qaware.scheme",
     "convert": "qaware.callbacks.prepared",
+    "generate": "qaware.generating",
     "layer_report": "qaware.layers",
     "load_from_checkpoint": "qaware.callbacks.prepared",
     "load_quantized": "qaware.storage",
+    "open_artifact": "qaware.exporters.isolated",
     "prepare": "qaware.callbacks.prepared",
     "quantize": "qaware.api",
     "recipe_names": "qaware.recipe",
@@ -70,9 +74,11 @@ __all__ = [
     "RuntimeDiedError",
     "Scheme",
     "convert",
+    "generate",
     "layer_report",
     "load_from_checkpoint",
     "load_quantized",
+    "open_artifact",
     "prepare",
     "quantize",
     "recipe_names",

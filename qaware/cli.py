@@ -65,6 +65,9 @@ def make_parser() -> ArgumentParser:
     evaluate = _parser("Score an exported artifact on its own runtime.")
     _add_evaluate(evaluate)
     commands.add_subcommand("evaluate", evaluate, help="score an artifact")
+    generate = _parser("Continue a prompt with an exported language model, on its own runtime.")
+    _add_generate(generate)
+    commands.add_subcommand("generate", generate, help="continue a prompt with an artifact")
     recipes = _parser("List the named recipes, or print one as YAML.")
     recipes.add_argument("name", type=str, nargs="?", help="a recipe")
     commands.add_subcommand("recipes", recipes, help="list the named recipes")
@@ -99,6 +102,15 @@ def _add_evaluate(parser: ArgumentParser) -> None:
         "--window", type=int, default=None, help="tokens in a window; default as when exported"
     )
     parser.add_argument("--max-windows", type=int, default=None, help="score so many windows or images")
+
+
+def _add_generate(parser: ArgumentParser) -> None:
+    parser.add_argument("artifact", type=str, help="an exported file, with sidecar and tokenizer beside it")
+    parser.add_argument("--prompt", type=str, required=True, help="text; empty to start from nothing")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="at most; less where the text ends")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
 
 
 def _add_sensitivity(parser: ArgumentParser) -> None:
@@ -243,6 +255,23 @@ def _evaluate(options: Namespace) -> int:
     return 0
 
 
+def _generate(options: Namespace) -> int:
+    from qaware.generating import generate
+
+    print(options.prompt, end="", flush=True)
+    found = generate(
+        options.artifact,
+        options.prompt,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+        on_text=lambda piece: print(piece, end="", flush=True),
+    )
+    print(f"\n{found.summary}", file=sys.stderr)
+    return 0
+
+
 def _recipes(options: Namespace) -> int:
     from qaware.recipe import Recipe, recipe_names
 
@@ -274,6 +303,7 @@ COMMANDS: dict[str, Callable[[Any], int]] = {
     "search": _search,
     "report": _report,
     "evaluate": _evaluate,
+    "generate": _generate,
     "recipes": _recipes,
     "overlay": _overlay,
 }

@@ -13,7 +13,7 @@ from qaware.callbacks.data import find_target
 from qaware.callbacks.distillation import require_share
 from qaware.config import Config, build, parse
 from qaware.errors import QawareError
-from qaware.exporters import get_exporter
+from qaware.exporters import get_exporters
 from qaware.exporters.check import require_legal
 from qaware.metrics.hub import load_extra
 from qaware.plan import Plan
@@ -36,7 +36,7 @@ class Quantize:
     """QAT: ``none``, ``lsq`` or ``range``, in place of the recipe's own ``learning``."""
     methods: list[str] = field(default_factory=lambda: ["ptq"])
     """``ptq``, ``qat`` or both."""
-    export: list[str] = field(default_factory=list)
+    export: list[str | dict[str, Any]] = field(default_factory=list)
     """Runtimes, e.g. ``[executorch, aoti, tract]``."""
     target: str | None = None
     """Submodule to quantize; null for the whole model."""
@@ -100,8 +100,7 @@ class Experiment:
             for method in entry.methods:
                 if method not in METHODS:
                     raise QawareError(f"quantize[{i}].methods: {method!r} is not one of {', '.join(METHODS)}")
-            for name in entry.export:
-                get_exporter(name)
+            get_exporters(entry.export)
             require_share(entry.distillation)
         if not self.quantize:
             raise QawareError("quantize: is empty; give at least one {recipe: ...}")
@@ -139,6 +138,6 @@ def check_plans(experiment: Experiment, model: pl.LightningModule) -> list[Plan]
     plans = []
     for entry in experiment.quantize:
         plan = entry.load_recipe().match(find_target(model, entry.target))
-        require_legal(plan, [get_exporter(name) for name in entry.export])
+        require_legal(plan, get_exporters(entry.export))
         plans.append(plan)
     return plans

@@ -22,6 +22,7 @@ from qaware.config import arguments_of, build
 from qaware.engines.base import float_bytes
 from qaware.errors import QawareError
 from qaware.experiment import Experiment, Quantize, build_model, check_plans
+from qaware.exporters import runtime_name
 from qaware.exporters.base import first_line
 from qaware.files import write_json, write_text
 from qaware.pipeline import Pipeline
@@ -124,7 +125,7 @@ class Run:
             calibration_batches=entry.calibration_batches,
         )
         self._connect(ptq, Comparison(label))
-        _say(f"{ptq.label}: {', '.join(['convert', *export])}")
+        _say(f"{ptq.label}: {', '.join(['convert', *map(runtime_name, export)])}")
         trainer = self._trainer({"limit_val_batches": 1}, ptq.label, [ptq])
         trainer.validate(base, datamodule=data, verbose=False)
         return ptq
@@ -151,7 +152,7 @@ class Run:
         )
         self._connect(qat, Comparison(CONTROL, ptq.label))
         qat.float_model = ptq.float_model
-        _say(f"{qat.label}: training, then {', '.join(['convert', *entry.export])}")
+        _say(f"{qat.label}: training, then {', '.join(['convert', *map(runtime_name, entry.export)])}")
         copied, trainer = self._finetuner(model, qat.label, [qat])
         trainer.fit(copied, datamodule=data)
         self._keep(trainer, qat.label)

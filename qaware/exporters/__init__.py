@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qaware.errors import QawareError
 
@@ -24,23 +26,65 @@ def exporter_names() -> list[str]:
     return list(dict.fromkeys([*BUILTIN, *(e.name for e in entry_points(group="qaware.exporters"))]))
 
 
-def get_exporter(name: str) -> Exporter:
-    """The exporter for a runtime, by name. Importing it does not import the runtime's package.
+def runtime_name(named: str | Mapping[str, Any]) -> str:
+    """``aoti`` of ``"aoti"`` or of ``{"aoti": {"cache_length": 512}}``.
 
     Raises:
-        QawareError: unknown name, or a plugin that cannot be imported.
+        QawareError: neither a name nor a name with its options.
     """
-    target = BUILTIN.get(name)
-    if target is None:
-        plugin = next((e for e in entry_points(group="qaware.exporters") if e.name == name), None)
-        if plugin is None:
-            raise QawareError(f"runtime: {name!r} is not one of {', '.join(exporter_names())}")
-        try:
-            exporter: Exporter = plugin.load()()
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            raise QawareError(f"{name}: plugin cannot be loaded from {plugin.value} ({why})") from error
-        return exporter
-    module, _, attribute = target.partition(":")
-    built: Exporter = getattr(importlib.import_module(module), attribute)()
-    return built
+    if isinstance(named, str):
+        return named
+    if isinstance(named, Mapping) and len(named) == 1:
+        ((name, options),) = named.items()
+        if isinstance(name, str) and isinstance(options, Mapping):
+            return name
+    raise QawareError(f"export: {named!r} must be a runtime, or a runtime and its options: {{aoti: {{...}}}}")
+
+
+def get_exporter(named: str | Mapping[str, Any]) -> Exporter:
+    """The exporter for a runtime, by name, or as ``{name: options}`` with options of its own.
+
+    Importing it does not import the runtime's package.
+
+    Raises:
+        QawareError: unknown name or option, or a plugin that cannot be imported.
+    """
+    name = runtime_name(named)
+    made = _exporter_class(name)
+    options = {} if isinstance(named, str) else dict(named[name])
+    known = [key for key in inspect.signature(made).parameters if key not in ("args", "kwargs")]
+    if unknown := sorted(set(options) - set(known)):
+        offered = f"its options are {', '.join(known)}" if known else "it has no options"
+        raise QawareError(f"export.{name}.{unknown[0]}: is no option of this runtime; {offered}")
+    exporter: Exporter = made(**options)
+    return exporter
+
+
+def get_exporters(named: Sequence[str | Mapping[str, Any]]) -> list[Exporter]:
+    """One for each entry of ``export``.
+
+    Raises:
+        QawareError: no list, one runtime twice, or as :func:`get_exporter`.
+    """
+    if isinstance(named, (str, Mapping)):
+        raise QawareError(f"export: {named!r} must be a list, e.g. [{named}]")
+    names = [runtime_name(entry) for entry in named]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise QawareError(
+            f"export: {twice[0]} is there twice; give other options in an entry of their own"
+        )
+    return [get_exporter(entry) for entry in named]
+
+
+def _exporter_class(name: str) -> Any:
+    if target := BUILTIN.get(name):
+        module, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    plugin = next((e for e in entry_points(group="qaware.exporters") if e.name == name), None)
+    if plugin is None:
+        raise QawareError(f"runtime: {name!r} is not one of {', '.join(exporter_names())}")
+    try:
+        return plugin.load()
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise QawareError(f"{name}: plugin cannot be loaded from {plugin.value} ({why})") from error

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
 from qaware.exporters.artifact import Artifact
+from qaware.exporters.generation import cache_of, why_no_cache
 from qaware.exporters.grids import require_grids
 from qaware.exporters.signature import Signature
 from qaware.files import atomic, sha256
@@ -68,6 +69,8 @@ class Exporter(abc.ABC):
     extra: ClassVar[str] = ""
     """The extra of qaware that installs them; empty for a plugin."""
     tolerance: ClassVar[Tolerance]
+    cache_length: int | None = None
+    """Of a language model, tokens that its key-value cache holds; None: see ``cache_of``."""
 
     def missing(self) -> str | None:
         """Why this runtime cannot be used here, with the command that installs it; None when it can."""
@@ -132,6 +135,7 @@ class Exporter(abc.ABC):
             raise QawareError(problem)
         require_grids(quantized)
         signature.validate(example)
+        cached = _about_cache(quantized.module, signature, self.cache_length)
         work = copy.deepcopy(quantized)
         with atomic(path) as temporary:
             try:
@@ -150,12 +154,22 @@ class Exporter(abc.ABC):
             layers=layers,
             sha256=sha256(path),
             bytes=path.stat().st_size,
-            notes=(*found.notes, *self.notes(quantized.plan)),
-            details=found.details,
+            notes=(*found.notes, *cached.notes, *self.notes(quantized.plan)),
+            details={**found.details, **cached.details},
             metadata=metadata or {},
         )
         artifact.save()
         return artifact
+
+
+def _about_cache(module: nn.Module, signature: Signature, length: int | None) -> Written:
+    """The size of the key-value cache for the sidecar, or why a module that could have one gets none."""
+    cache = cache_of(module, signature, length)
+    if cache is not None:
+        return Written(details={"cache": dataclasses.asdict(cache)})
+    if not hasattr(module, "step"):
+        return Written()
+    return Written((f"no key-value cache: {why_no_cache(module, signature, length)}",))
 
 
 def in_evaluation(module: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from qaware.exporters.executorch_lowering import (
     widen,
     with_whole_biases,
 )
+from qaware.exporters.generation import CachedRunner, CacheSpec, cache_of
 from qaware.exporters.signature import Signature
 from qaware.plan import Decision, Plan
 
@@ -45,6 +47,14 @@ class ExecuTorchExporter(Exporter):
             "0.008 and 1.2e-3 nats in 5 trained layers, 0.046 in 24 random ones; float16 layers: 0.003"
         ),
     )
+
+    def __init__(self, *, cache_length: int | None = None) -> None:
+        """
+        Args:
+            cache_length: of a language model, tokens that its key-value cache holds; default the model's
+                context, at most 1024. Each costs memory, and time in every step.
+        """
+        self.cache_length = cache_length
 
     def tolerance_for(self, plan: Plan) -> Tolerance:
         """One step of the output where it is an integer."""
@@ -84,8 +94,10 @@ class ExecuTorchExporter(Exporter):
             from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 
             fit_kernels(quantized)
-            program = exported(quantized.module, example, signature)
-            edge = to_edge_transform_and_lower(program, partitioner=[partitioner()])
+            cache = cache_of(quantized.module, signature, self.cache_length)
+            program = exported(quantized.module, example, signature, cache)
+            about = {} if cache is None else _about(cache, signature)
+            edge = to_edge_transform_and_lower(program, partitioner=[partitioner()], constant_methods=about)
             require_sizes(program, edge.exported_program())
             found = delegation(edge.exported_program())
             # The flag fuses quantized embeddings, which have no kernel otherwise.
@@ -128,7 +140,23 @@ class ExecuTorchExporter(Exporter):
                 output: Tensor = method.execute([t.detach().cpu().contiguous() for t in tensors])[0]
             return output.float()
 
-        return run
+        if _CACHE not in program.method_names:
+            return run
+        length = int(program.load_method(_CACHE).execute([])[0])
+        return CachedRunner(
+            length, signature.longest, lambda ids, at: run(ids, torch.arange(at, at + ids.shape[1]))
+        )
+
+
+_CACHE = "get_max_context_len"
+
+
+def _about(cache: CacheSpec, signature: Signature) -> dict[str, Any]:
+    """Methods that say what the program takes, by the names that ExecuTorch's own LLM runner asks for."""
+    vocabulary = signature.inputs[0].high
+    about = {_CACHE: cache.length, "get_max_seq_len": signature.longest}
+    about |= {"use_kv_cache": True, "enable_dynamic_shape": True}
+    return about if vocabulary is None else {**about, "get_vocab_size": vocabulary + 1}
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from qaware.engines.integer import Float16Embedding, Float16Linear, StaticLinear
 from qaware.errors import QawareError
 from qaware.exporters.base import in_evaluation
 from qaware.exporters.executorch_limits import kernel_bits, widened
+from qaware.exporters.generation import CacheSpec, StaticStep
 from qaware.exporters.signature import Signature
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, torch.fx.GraphModule)
@@ -86,17 +87,27 @@ def partitioner() -> Any:
     return XnnpackPartitioner(configs=keep)
 
 
-def exported(module: nn.Module, example: tuple[Tensor, ...], signature: Signature) -> Any:
-    """The program of ``module``, which may be a converted graph, with one pair of operators at each grid."""
+def exported(
+    module: nn.Module, example: tuple[Tensor, ...], signature: Signature, cache: CacheSpec | None = None
+) -> Any:
+    """The program of ``module``, which may be a converted graph, with one pair of operators at each grid.
+
+    With a cache, which the program then holds, its inputs are token ids and their positions.
+    """
     from qaware.exporters.qdq import clean, decompose, float_conv1d
 
     _refuse_rounded_inputs(module)
     decompose(module)
-    wrapped = signature.wrap(_adapt(widen(module))).requires_grad_(False).cpu()
-    inputs = _traceable(example, signature, module)
-    program = torch.export.export(
-        in_evaluation(wrapped), inputs, dynamic_shapes=_dynamic_shapes(signature), strict=False
-    )
+    inputs, dynamic = _traceable(example, signature, module), _dynamic_axes(signature)
+    wrapped: nn.Module = signature.wrap(_adapt(widen(module)))
+    if cache is not None:
+        wrapped, at = _Holder(module, cache), torch.arange(inputs[0].shape[1])
+        # Of the same length as the ids, which are the only input of the signature.
+        inputs, dynamic = (inputs[0], at), (dynamic[0], {a - 1: dim for a, dim in dynamic[0].items()})
+    wrapped = in_evaluation(wrapped.requires_grad_(False).cpu())
+    # Those of a Deployable stand for its ``*tensors``, inside one tuple.
+    shapes: Any = dynamic if cache is not None else (dynamic,)
+    program = torch.export.export(wrapped, inputs, dynamic_shapes=shapes, strict=False)
     if clean(program.graph_module, torch.int8, whole=True) and float_conv1d(program.graph):
         # XNNPACK's pass for Conv1d takes it for an int8 one, and writes a file that cannot be loaded.
         raise QawareError(
@@ -104,6 +115,22 @@ def exported(module: nn.Module, example: tuple[Tensor, ...], signature: Signatur
             "give every Conv1d int8-static, or none"
         )
     return program
+
+
+class _Holder(nn.Module):
+    """A decoder with the cache in buffers, which the runtime keeps from call to call."""
+
+    def __init__(self, module: nn.Module, cache: CacheSpec) -> None:
+        super().__init__()
+        self.step = StaticStep(module)
+        self.names = [f"cache{i}" for i in range(len(cache.shapes))]
+        for name, tensor in zip(self.names, cache.empty(), strict=True):
+            self.register_buffer(name, tensor)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits (1, S, V) of ids (1, S) at int64 positions (S,)."""
+        logits: Tensor = self.step(input_ids, positions, *(getattr(self, name) for name in self.names))
+        return logits
 
 
 def _refuse_rounded_inputs(module: nn.Module) -> None:
@@ -115,16 +142,14 @@ def _refuse_rounded_inputs(module: nn.Module) -> None:
             )
 
 
-def _dynamic_shapes(signature: Signature) -> tuple[tuple[dict[int, Any], ...]]:
-    """One mapping an input, inside the tuple that stands for ``*tensors``."""
+def _dynamic_axes(signature: Signature) -> tuple[dict[int, Any], ...]:
+    """One mapping an input."""
     dims = {
         name: torch.export.Dim(name, min=low, max=_traced(high))
         for name, (low, high) in signature.symbols.items()
         if low < high
     }
-    return (
-        tuple({i: dims[size] for i, size in enumerate(s.shape) if size in dims} for s in signature.inputs),
-    )
+    return tuple({i: dims[size] for i, size in enumerate(s.shape) if size in dims} for s in signature.inputs)
 
 
 def _traced(high: int) -> int:

@@ -15,8 +15,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from qaware.errors import QawareError, RuntimeDiedError
 from qaware.exporters.artifact import Artifact
+from qaware.exporters.decode import decode
 
-_OK, _ERROR = b"O", b"E"
+_OK, _ERROR, _STEP = b"O", b"E", b"S"
 
 
 class IsolatedRunner:
@@ -46,17 +48,44 @@ class IsolatedRunner:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr
         )
         try:
-            self._receive()
+            (sizes,) = self._receive()
         except BaseException:
             self.close()
             raise
+        self.length, self.most = int(sizes[0]), int(sizes[1])
+        """Tokens of its key-value cache, 0 for none, and the most tokens of one step."""
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """Positional tensors as in the signature; returns float32 on the CPU."""
         self.artifact.signature.validate(tensors)
+        return self._ask(_OK, tensors)
+
+    def step(self, input_ids: Tensor, start: int) -> Tensor:
+        """Logits float32 (1, S, V) of the int64 ids (1, S) from ``start`` on, after those of earlier calls.
+
+        Raises:
+            QawareError: the artifact has no key-value cache, or the tokens do not fit into it.
+        """
+        if not self.length:
+            raise QawareError(f"{self.artifact.path.name}: has no key-value cache; {_why(self.artifact)}")
+        self.artifact.signature.validate([input_ids])
+        return self._ask(_STEP, [input_ids, torch.tensor(start)])
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int = 64, **options: Any) -> Tensor:
+        """The prompt and the tokens that follow it, int64 (1, T + n); see :func:`qaware.exporters.decode`.
+
+        Args:
+            input_ids: int64 (1, T).
+            max_new_tokens: n is less where a token of ``stop`` came.
+            options: ``stop``, ``temperature``, ``top_k``, ``seed``.
+        """
+        tokens = list(decode(self, input_ids, max_new_tokens, **options))
+        return torch.cat([input_ids, torch.tensor([tokens], dtype=torch.int64)], 1)
+
+    def _ask(self, what: bytes, tensors: Sequence[Tensor]) -> Tensor:
         arrays = [t.detach().cpu().contiguous().numpy() for t in tensors]
         try:
-            _send(cast(BinaryIO, self._child.stdin), _OK, arrays)
+            _send(cast(BinaryIO, self._child.stdin), what, arrays)
         except BrokenPipeError:
             raise self._died() from None
         return torch.from_numpy(self._receive()[0])
@@ -99,6 +128,15 @@ class IsolatedRunner:
         )
 
 
+def open_artifact(path: str | Path) -> IsolatedRunner:
+    """An exported file on its runtime: call it like the model, ``generate`` with it, ``close`` it.
+
+    Raises:
+        QawareError: there is no such file, it is damaged, or its runtime does not load it.
+    """
+    return IsolatedRunner(Artifact.open(Path(path)))
+
+
 def _send(pipe: BinaryIO, status: bytes, arrays: list[np.ndarray]) -> None:
     buffer = io.BytesIO()
     for array in arrays:
@@ -123,6 +161,11 @@ def _read(pipe: BinaryIO) -> tuple[bytes, list[np.ndarray]] | None:
     return status, [np.load(buffer, allow_pickle=False) for _ in range(count)]
 
 
+def _why(artifact: Artifact) -> str:
+    notes = [note for note in artifact.notes if "key-value cache" in note]
+    return notes[0] if notes else "only models with step(input_ids, positions, cache) are exported with one"
+
+
 def _text(message: str) -> list[np.ndarray]:
     return [np.frombuffer(message.encode(), dtype=np.uint8)]
 
@@ -135,8 +178,10 @@ def serve(runtime: str, path: Path) -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the runtime prints must not mix with the replies
     try:
-        run = get_exporter(runtime).open(path, Artifact.open(path).signature)
-        _send(replies, _OK, [])
+        signature = Artifact.open(path).signature
+        run: Any = get_exporter(runtime).open(path, signature)
+        sizes = [getattr(run, "length", 0), getattr(run, "most", signature.longest)]
+        _send(replies, _OK, [np.array(sizes, dtype=np.int64)])
     except Exception as error:
         _send(replies, _ERROR, _text(f"cannot be loaded: {first_line(error)}"))
         return
@@ -144,7 +189,9 @@ def serve(runtime: str, path: Path) -> None:
         try:
             tensors = [torch.from_numpy(a) for a in request[1]]
             with torch.no_grad():
-                _send(replies, _OK, [run(*tensors).float().contiguous().numpy()])
+                asked = request[0] == _STEP
+                output = run.step(tensors[0], int(tensors[1])) if asked else run(*tensors)
+                _send(replies, _OK, [output.float().contiguous().numpy()])
         except Exception as error:
             _send(replies, _ERROR, _text(first_line(error)))
 

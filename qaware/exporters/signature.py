@@ -74,6 +74,12 @@ class Signature:
                 bad = least if least < spec.low else most
                 raise QawareError(f"{spec.name}: value {bad} is outside {spec.low} to {spec.high}")
 
+    @property
+    def longest(self) -> int:
+        """The largest second axis of the first input: tokens, of a language model; 0 where it has none."""
+        size = self.inputs[0].shape[1] if len(self.inputs[0].shape) > 1 else 0
+        return self.symbols[size][1] if isinstance(size, str) else size
+
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """The inputs as the model's own forward takes them: by position, and by keyword."""
         pairs = list(zip((spec.keyword for spec in self.inputs), tensors, strict=True))

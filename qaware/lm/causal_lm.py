@@ -14,6 +14,7 @@ from torch import Tensor
 from qaware.errors import QawareError
 from qaware.lm.batches import IGNORED
 from qaware.lm.build import from_config, from_weights, settings
+from qaware.lm.key_values import recorded_shapes
 
 MASKED = -1e4
 """What is added to the scores of later tokens at export: 0 after softmax, and finite in float16."""
@@ -77,12 +78,33 @@ class CausalLM(pl.LightningModule):
         # A length that stays open in the graph is a SymInt or a tensor here.
         _check_exportable(self.model, length if type(length) is int else self.context_length)
         at = torch.arange(length, device=input_ids.device)
-        mask = torch.where(at[None, :] > at[:, None], MASKED, 0.0)[None, None]
+        return self._masked(input_ids, at, at, use_cache=False)
+
+    def cache_shapes(self, length: int) -> list[tuple[int, int]]:
+        """``(heads, dim)`` of the keys and values of each layer, found by running the model on two tokens.
+
+        Args:
+            length: tokens of the longest text.
+
+        Raises:
+            QawareError: the model keeps something else than keys and values, or its layers see a window.
+        """
+        _check_exportable(self.model, length)
+        return recorded_shapes(self)
+
+    def step(self, input_ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Logits (1, S, V) of the ids (1, S) at ``positions`` (S,), after those that ``cache`` holds."""
+        seen = cache.positions(input_ids.shape[1])
+        return self._masked(input_ids, positions, seen, past_key_values=cache, use_cache=True)
+
+    def _masked(self, input_ids: Tensor, at: Tensor, seen: Tensor, **options: Any) -> Tensor:
+        """Logits of tokens at ``at`` (S,), which see those at ``seen`` (keys,) that are not after them."""
+        mask = torch.where(seen[None, :] > at[:, None], MASKED, 0.0)[None, None]
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), mask.dtype)
         if dtype != mask.dtype:  # a cast that changes nothing would still end up in the graph
             mask = mask.to(dtype)
         logits: Tensor = self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=at[None], use_cache=False
+            input_ids=input_ids, attention_mask=mask, position_ids=at[None], **options
         ).logits
         return logits
 

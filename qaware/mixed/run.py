@@ -17,7 +17,7 @@ from qaware.callbacks.progress import trainer_progress
 from qaware.config import build
 from qaware.errors import QawareError
 from qaware.experiment import Experiment, Quantize, build_model
-from qaware.exporters import get_exporter
+from qaware.exporters import get_exporters, runtime_name
 from qaware.exporters.base import first_line
 from qaware.files import require_writable, write_json
 from qaware.mixed.choices import open_choices
@@ -73,8 +73,8 @@ class MeasuredRun(Run):
 
     def _source(self, data: pl.LightningDataModule) -> Source:
         entry = self.entry
-        batches = entry.calibration_batches
-        return Source(lambda: _calibration(data), batches, None, entry.export, entry.engine)
+        batches, runtimes = entry.calibration_batches, [runtime_name(named) for named in entry.export]
+        return Source(lambda: _calibration(data), batches, None, runtimes, entry.engine)
 
     def _progress(self) -> Progress:
         return trainer_progress(self._trainer({}, "layers"))
@@ -141,7 +141,7 @@ class SearchRun(MeasuredRun):
         self.after = dataclasses.replace(
             experiment, quantize=[dataclasses.replace(entry, methods=[method], rules=[])]
         )
-        exporters = [get_exporter(name) for name in entry.export]
+        exporters = get_exporters(entry.export)
         _require_runtimes(entry, [m for e in exporters if (m := e.missing())])
         super().__init__(experiment, base, windows, checkpoint)
         self.settings = dataclasses.replace(
