@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from qaware.callbacks.carried import carry_inputs
 from qaware.callbacks.data import find_target, make_task
 from qaware.callbacks.examples import find_example
 from qaware.callbacks.loggers import log_rows
@@ -159,11 +160,17 @@ class QuantizationCallback(Callback):
             label=self.label,
             comparison=self.comparison or Comparison(self.float_label),
             reference=reference,
-            metadata=self.metadata,
+            metadata=self._carried(trainer, folder),
             progress=trainer_progress(trainer),
             rank=trainer.global_rank,
             world=trainer.world_size,
         )
+
+    def _carried(self, trainer: pl.Trainer, folder: Path) -> dict[str, Any]:
+        """Tokenizer or preprocessing, beside the artifacts, where the data have one."""
+        if self.metadata or not (self.exporters and trainer.is_global_zero):
+            return self.metadata
+        return carry_inputs(getattr(trainer, "datamodule", None), folder)
 
     def folder(self, trainer: pl.Trainer) -> Path:
         """Where files go; chosen once, and never one that an earlier run filled."""

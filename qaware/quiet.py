@@ -22,6 +22,10 @@ _WARNED = (
     # Lightning's advice for loaders; the corpora here are in memory, where workers cost more.
     r".*does not have many workers which may be a bottleneck.*",
     r".*LeafSpec.* is deprecated.*",
+    # ExecuTorch's own kernels, traced, in a word that torch 2.13 announces to be deprecated.
+    r".*_check_is_size.*",
+    # A cache has no contents before the first token.
+    r"Mutation on a buffer in the model is detected",
     # Inductor's lowering of integer linear layers, about a line of its own.
     r"To copy construct from a tensor, it is recommended to use sourceTensor",
 )

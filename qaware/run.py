@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from qaware import machine
 from qaware.callbacks import PostTrainingQuantization, QuantizationAwareTraining
 from qaware.callbacks.base import QuantizationCallback
+from qaware.callbacks.carried import carry_inputs
 from qaware.callbacks.data import make_task
 from qaware.callbacks.nested import detached_copy
 from qaware.callbacks.progress import trainer_progress
@@ -221,11 +222,7 @@ class Run:
     def _keep_data(self, data: pl.LightningDataModule) -> None:
         """How data become inputs, with the artifacts, so that ``qaware evaluate`` needs nothing else."""
         arguments = self.experiment.data.get("init_args", {})
-        if hasattr(data, "save_tokenizer"):
-            data.save_tokenizer(self.folder / "artifacts" / "tokenizer")
-            self.metadata = {"tokenizer": "tokenizer", "data": arguments}
-        elif hasattr(data, "preprocessing"):
-            self.metadata = {"preprocessing": data.preprocessing(), "data": arguments}
+        self.metadata = carry_inputs(data, self.folder / "artifacts", arguments)
 
     def _status(self, status: str) -> None:
         about = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from qaware.engines.base import QuantizedModel
+from qaware.errors import QawareError
 from qaware.exporters.base import Exporter, Runner, Tolerance, Written, one_step
 from qaware.exporters.delegation import delegation
+from qaware.exporters.executorch_cache import KernelStep, PortableStep
 from qaware.exporters.executorch_errors import explained
 from qaware.exporters.executorch_limits import refusal, signed_scales, widened
 from qaware.exporters.executorch_lowering import (
@@ -26,7 +29,7 @@ from qaware.exporters.executorch_lowering import (
     widen,
     with_whole_biases,
 )
-from qaware.exporters.generation import CachedRunner, CacheSpec, cache_of
+from qaware.exporters.generation import CachedRunner, CacheSpec, attends, cache_of
 from qaware.exporters.signature import Signature
 from qaware.plan import Decision, Plan
 
@@ -48,13 +51,20 @@ class ExecuTorchExporter(Exporter):
         ),
     )
 
-    def __init__(self, *, cache_length: int | None = None) -> None:
+    def __init__(self, *, cache_length: int | None = None, attention: str = "kernel") -> None:
         """
         Args:
             cache_length: of a language model, tokens that its key-value cache holds; default the model's
-                context, at most 1024. Each costs memory, and time in every step.
+                context, at most 1024. Each takes memory.
+            attention: of a language model, ``kernel``: ExecuTorch's LLM kernels, which the app must link, or
+                ``portable``: operators of every build, four times slower for one token.
+
+        Raises:
+            QawareError: another attention.
         """
-        self.cache_length = cache_length
+        if attention not in ("kernel", "portable"):
+            raise QawareError(f"attention: {attention!r} is not one of kernel, portable")
+        self.cache_length, self.attention = cache_length, attention
 
     def tolerance_for(self, plan: Plan) -> Tolerance:
         """One step of the output where it is an integer."""
@@ -95,7 +105,9 @@ class ExecuTorchExporter(Exporter):
 
             fit_kernels(quantized)
             cache = cache_of(quantized.module, signature, self.cache_length)
-            program = exported(quantized.module, example, signature, cache)
+            step = None if cache is None else self._step(quantized.module)
+            hold = None if step is None else functools.partial(step, cache=cache)
+            program = exported(quantized.module, example, signature, hold)
             about = {} if cache is None else _about(cache, signature)
             edge = to_edge_transform_and_lower(program, partitioner=[partitioner()], constant_methods=about)
             require_sizes(program, edge.exported_program())
@@ -104,7 +116,11 @@ class ExecuTorchExporter(Exporter):
             lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
         with path.open("wb") as file:
             lowered.write_to_file(file)
-        return Written(found.lines(), {"delegation": dataclasses.asdict(found)})
+        linked = (_LINKED,) if step is KernelStep else ()
+        return Written((*found.lines(), *linked), {"delegation": dataclasses.asdict(found)})
+
+    def _step(self, module: nn.Module) -> type[KernelStep] | type[PortableStep]:
+        return KernelStep if self.attention == "kernel" and attends(module) else PortableStep
 
     def reference(self, quantized: QuantizedModel) -> nn.Module:
         """The converted model; of a bfloat16 one the same integers in float32, of the graph engine's, whose
@@ -126,7 +142,9 @@ class ExecuTorchExporter(Exporter):
             QawareError: on loading and on each call, with the runtime's error code in words.
         """
         with explained(f"{path.name}: cannot be loaded"):
-            import executorch.kernels.quantized  # noqa: F401  registers the kernels of quantized embeddings
+            # They register kernels: of attention with a cache, and of quantized embeddings.
+            import executorch.extension.llm.custom_ops.custom_ops
+            import executorch.kernels.quantized  # noqa: F401
             from executorch.runtime import Runtime
 
             # By path: the file is mapped, while bytes would be held twice.
@@ -149,6 +167,10 @@ class ExecuTorchExporter(Exporter):
 
 
 _CACHE = "get_max_context_len"
+_LINKED = (
+    "attention and its cache are ExecuTorch's LLM kernels (llama::custom_sdpa, llama::update_cache), which the "
+    "app must link"
+)
 
 
 def _about(cache: CacheSpec, signature: Signature) -> dict[str, Any]:

@@ -3,6 +3,7 @@ and a program with the sizes that were asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from qaware.engines.integer import Float16Embedding, Float16Linear, StaticLinear
 from qaware.errors import QawareError
 from qaware.exporters.base import in_evaluation
 from qaware.exporters.executorch_limits import kernel_bits, widened
-from qaware.exporters.generation import CacheSpec, StaticStep
 from qaware.exporters.signature import Signature
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, torch.fx.GraphModule)
@@ -88,11 +88,14 @@ def partitioner() -> Any:
 
 
 def exported(
-    module: nn.Module, example: tuple[Tensor, ...], signature: Signature, cache: CacheSpec | None = None
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    signature: Signature,
+    hold: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Any:
     """The program of ``module``, which may be a converted graph, with one pair of operators at each grid.
 
-    With a cache, which the program then holds, its inputs are token ids and their positions.
+    With ``hold``, which gives a decoder its cache, the inputs are token ids and their positions.
     """
     from qaware.exporters.qdq import clean, decompose, float_conv1d
 
@@ -100,13 +103,13 @@ def exported(
     decompose(module)
     inputs, dynamic = _traceable(example, signature, module), _dynamic_axes(signature)
     wrapped: nn.Module = signature.wrap(_adapt(widen(module)))
-    if cache is not None:
-        wrapped, at = _Holder(module, cache), torch.arange(inputs[0].shape[1])
+    if hold is not None:
+        wrapped, at = hold(module), torch.arange(inputs[0].shape[1])
         # Of the same length as the ids, which are the only input of the signature.
         inputs, dynamic = (inputs[0], at), (dynamic[0], {a - 1: dim for a, dim in dynamic[0].items()})
     wrapped = in_evaluation(wrapped.requires_grad_(False).cpu())
     # Those of a Deployable stand for its ``*tensors``, inside one tuple.
-    shapes: Any = dynamic if cache is not None else (dynamic,)
+    shapes: Any = dynamic if hold is not None else (dynamic,)
     program = torch.export.export(wrapped, inputs, dynamic_shapes=shapes, strict=False)
     if clean(program.graph_module, torch.int8, whole=True) and float_conv1d(program.graph):
         # XNNPACK's pass for Conv1d takes it for an int8 one, and writes a file that cannot be loaded.
@@ -115,22 +118,6 @@ def exported(
             "give every Conv1d int8-static, or none"
         )
     return program
-
-
-class _Holder(nn.Module):
-    """A decoder with the cache in buffers, which the runtime keeps from call to call."""
-
-    def __init__(self, module: nn.Module, cache: CacheSpec) -> None:
-        super().__init__()
-        self.step = StaticStep(module)
-        self.names = [f"cache{i}" for i in range(len(cache.shapes))]
-        for name, tensor in zip(self.names, cache.empty(), strict=True):
-            self.register_buffer(name, tensor)
-
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits (1, S, V) of ids (1, S) at int64 positions (S,)."""
-        logits: Tensor = self.step(input_ids, positions, *(getattr(self, name) for name in self.names))
-        return logits
 
 
 def _refuse_rounded_inputs(module: nn.Module) -> None:

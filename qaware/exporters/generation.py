@@ -8,6 +8,8 @@ A module takes part by three members; ``qaware.lm.CausalLM`` has them, and any o
 - ``step(input_ids, positions, cache)``: logits (1, S, V) of int64 ids (1, S) at int64 positions (S,), where
   each attention layer calls ``cache.update(keys, values, layer)`` with float (1, heads, S, dim), as those of
   `transformers` do, and attends to what that returns; ``cache.positions(S)`` are their places in the text.
+  Where the cache has ``attend(query, keys, values, scale)``, a layer may leave the attention to it: a runtime
+  may have one kernel for it. ``attends`` finds out whether a module does.
 
 Runtimes hold the cache differently: in tensors of a fixed size that are written in place (StaticStep), or
 in tensors that grow with each call (GrowingStep).
@@ -119,6 +121,38 @@ def _length(module: Any, signature: Signature, wanted: int | None) -> int:
             "(the model's context)"
         )
     return wanted
+
+
+def attends(module: Any) -> bool:
+    """Whether every layer of a decoder leaves its attention to a cache that offers it, tried on two tokens."""
+    cache, device = _Attending(), next((p.device for p in module.parameters()), torch.device("cpu"))
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    try:
+        with torch.no_grad():
+            module.step(ids, torch.arange(2, device=device), cache)
+    except QawareError:  # an attention that is no plain one
+        return False
+    return cache.updated == cache.attended
+
+
+class _Attending:
+    """Counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.updated = self.attended = 0
+
+    def positions(self, count: int) -> Tensor:
+        return torch.arange(count)
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *unused: Any, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.updated += 1
+        return keys, values
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        self.attended += 1
+        return query.transpose(1, 2)
 
 
 class StaticCache:

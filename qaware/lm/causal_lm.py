@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qaware.errors import QawareError
+from qaware.lm.attention import attention
 from qaware.lm.batches import IGNORED
 from qaware.lm.build import from_config, from_weights, settings
 from qaware.lm.key_values import recorded_shapes
@@ -95,7 +96,8 @@ class CausalLM(pl.LightningModule):
     def step(self, input_ids: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Logits (1, S, V) of the ids (1, S) at ``positions`` (S,), after those that ``cache`` holds."""
         seen = cache.positions(input_ids.shape[1])
-        return self._masked(input_ids, positions, seen, past_key_values=cache, use_cache=True)
+        with attention(self.model, getattr(cache, "attend", None)):
+            return self._masked(input_ids, positions, seen, past_key_values=cache, use_cache=True)
 
     def _masked(self, input_ids: Tensor, at: Tensor, seen: Tensor, **options: Any) -> Tensor:
         """Logits of tokens at ``at`` (S,), which see those at ``seen`` (keys,) that are not after them."""
