@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart digits quality test check clean
+.PHONY: quickstart digits quality bench test check clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -15,6 +15,10 @@ digits: $(STAMP)
 
 quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality --out quality.json
+
+# Without the peers (pip install -e '.[bench]') the benchmark says which it left out.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.speed --out speed.json
 
 test: check
 	$(BIN)/pytest

@@ -268,7 +268,8 @@ def _generate(options: Namespace) -> int:
         seed=options.seed,
         on_text=lambda piece: print(piece, end="", flush=True),
     )
-    print(f"\n{found.summary}", file=sys.stderr)
+    print()
+    print(found.summary, file=sys.stderr)
     return 0
 
 

@@ -124,7 +124,7 @@ def _length(module: Any, signature: Signature, wanted: int | None) -> int:
 
 
 def attends(module: Any) -> bool:
-    """Whether every layer of a decoder leaves its attention to a cache that offers it, tried on two tokens."""
+    """Whether every layer of a decoder leaves its attention to a cache that can; tried on two tokens."""
     cache, device = _Attending(), next((p.device for p in module.parameters()), torch.device("cpu"))
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     try:
