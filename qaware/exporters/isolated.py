@@ -1,17 +1,16 @@
 """Run an artifact in a process of its own, so that a dying runtime does not take the training run along.
 
-The child is ``python -m qaware.exporters.isolated RUNTIME PATH``. A plain command rather than
-``multiprocessing``: spawn would run the user's script again. Arrays travel as ``.npy`` (never
-pickled) over pipes; what the runtime prints goes to stderr, whose end is quoted when it dies.
+The child is ``python -m qaware.exporters.isolated RUNTIME PATH IN OUT``. A plain command rather than
+``multiprocessing``: spawn would run the user's script again. Arrays travel through pipes and memory that
+both share (``transport.py``, nothing is pickled), whose descriptors are IN and OUT; what the runtime prints
+goes to stderr, whose end is quoted when it dies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from torch import Tensor
 from qaware.errors import QawareError, RuntimeDiedError
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.decode import decode
+from qaware.exporters.transport import Area, receive, send
 
 _OK, _ERROR, _STEP = b"O", b"E", b"S"
 
@@ -43,9 +43,15 @@ class IsolatedRunner:
         # Digest checked here, by the parent, before any native code is loaded.
         Artifact.open(artifact.path)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed with the child
+        self._sent, self._received = Area(), Area()
+        shared = self._sent.descriptor, self._received.descriptor
         command = [sys.executable, "-m", "qaware.exporters.isolated", artifact.runtime, str(artifact.path)]
         self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr
+            [*command, *map(str, shared)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            pass_fds=shared,
         )
         try:
             (sizes,) = self._receive()
@@ -85,7 +91,7 @@ class IsolatedRunner:
     def _ask(self, what: bytes, tensors: Sequence[Tensor]) -> Tensor:
         arrays = [t.detach().cpu().contiguous().numpy() for t in tensors]
         try:
-            _send(cast(BinaryIO, self._child.stdin), what, arrays)
+            send(cast(BinaryIO, self._child.stdin), self._sent, what, arrays)
         except BrokenPipeError:
             raise self._died() from None
         return torch.from_numpy(self._receive()[0])
@@ -99,6 +105,8 @@ class IsolatedRunner:
             # What a dead child has not read cannot be flushed.
             with contextlib.suppress(BrokenPipeError):
                 cast(BinaryIO, pipe).close()
+        self._sent.close()
+        self._received.close()
 
     def __enter__(self) -> IsolatedRunner:
         return self
@@ -107,7 +115,7 @@ class IsolatedRunner:
         self.close()
 
     def _receive(self) -> list[np.ndarray]:
-        reply = _read(cast(BinaryIO, self._child.stdout))
+        reply = receive(cast(BinaryIO, self._child.stdout), self._received)
         if reply is None:
             raise self._died()
         status, arrays = reply
@@ -137,30 +145,6 @@ def open_artifact(path: str | Path) -> IsolatedRunner:
     return IsolatedRunner(Artifact.open(Path(path)))
 
 
-def _send(pipe: BinaryIO, status: bytes, arrays: list[np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    for array in arrays:
-        np.save(buffer, array, allow_pickle=False)
-    body = buffer.getvalue()
-    pipe.write(struct.pack("<cIQ", status, len(arrays), len(body)))
-    pipe.write(body)
-    pipe.flush()
-
-
-def _read(pipe: BinaryIO) -> tuple[bytes, list[np.ndarray]] | None:
-    """One message, or None when the other side is gone."""
-    size = struct.calcsize("<cIQ")
-    head = pipe.read(size)
-    if len(head) < size:
-        return None
-    status, count, length = struct.unpack("<cIQ", head)
-    body = pipe.read(length)
-    if len(body) < length:
-        return None
-    buffer = io.BytesIO(body)
-    return status, [np.load(buffer, allow_pickle=False) for _ in range(count)]
-
-
 def _why(artifact: Artifact) -> str:
     notes = [note for note in artifact.notes if "key-value cache" in note]
     return notes[0] if notes else "only models with step(input_ids, positions, cache) are exported with one"
@@ -170,7 +154,7 @@ def _text(message: str) -> list[np.ndarray]:
     return [np.frombuffer(message.encode(), dtype=np.uint8)]
 
 
-def serve(runtime: str, path: Path) -> None:
+def serve(runtime: str, path: Path, requested: Area, replied: Area) -> None:
     """The child's loop: load, say so, then answer calls until stdin closes."""
     from qaware.exporters import get_exporter
     from qaware.exporters.base import first_line
@@ -181,20 +165,20 @@ def serve(runtime: str, path: Path) -> None:
         signature = Artifact.open(path).signature
         run: Any = get_exporter(runtime).open(path, signature)
         sizes = [getattr(run, "length", 0), getattr(run, "most", signature.longest)]
-        _send(replies, _OK, [np.array(sizes, dtype=np.int64)])
+        send(replies, replied, _OK, [np.array(sizes, dtype=np.int64)])
     except Exception as error:
-        _send(replies, _ERROR, _text(f"cannot be loaded: {first_line(error)}"))
+        send(replies, replied, _ERROR, _text(f"cannot be loaded: {first_line(error)}"))
         return
-    while (request := _read(requests)) is not None:
+    while (request := receive(requests, requested)) is not None:
         try:
             tensors = [torch.from_numpy(a) for a in request[1]]
             with torch.no_grad():
                 asked = request[0] == _STEP
                 output = run.step(tensors[0], int(tensors[1])) if asked else run(*tensors)
-                _send(replies, _OK, [output.float().contiguous().numpy()])
+                send(replies, replied, _OK, [output.float().contiguous().numpy()])
         except Exception as error:
-            _send(replies, _ERROR, _text(first_line(error)))
+            send(replies, replied, _ERROR, _text(first_line(error)))
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]))
+    serve(sys.argv[1], Path(sys.argv[2]), Area(int(sys.argv[3])), Area(int(sys.argv[4])))
