@@ -10,11 +10,11 @@ from torchao.quantization.granularity import PerToken
 from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
 from torchao.quantization.quant_primitives import (
     MappingType,
-    _fake_quantize_affine,
     choose_qparams_affine,
     choose_qparams_affine_with_min_max,
 )
 
+from qaware.engines.straight_through import round_straight_through
 from qaware.errors import QawareError
 from qaware.observers import KINDS
 from qaware.scheme import Scheme
@@ -49,8 +49,7 @@ class TokenFakeQuantizer(IntxFakeQuantizer):
             scale_dtype=config.scale_precision,
             zero_point_dtype=config.zero_point_precision,
         )
-        rounded: Tensor = _fake_quantize_affine(x, block, scale, zero_point, torch.int32, *INT8)
-        return rounded
+        return round_straight_through(x, scale, zero_point, *INT8)
 
 
 class StaticFakeQuantizer(nn.Module):
@@ -73,7 +72,7 @@ class StaticFakeQuantizer(nn.Module):
         scale, zero_point = self.qparams()
         # The product runs in float32, as the converted layer's does, whatever autocast is around it.
         with torch.autocast(x.device.type, enabled=False):
-            return torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, *INT8).to(x.dtype)
+            return round_straight_through(x.float(), scale, zero_point, *INT8).to(x.dtype)
 
     def qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32 scalar) and zero point (int32 scalar) of the observed range.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchao.quantization.quant_primitives import _fake_quantize_affine, quantize_affine
 
+from qaware.engines.straight_through import round_straight_through
 from qaware.scheme import Scheme
 
 _TERNARY_THRESHOLD = 0.7
@@ -34,7 +35,7 @@ def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, integers: tuple[int, int]
 ) -> Tensor:
     """``x`` on its levels, with the gradients of a straight-through estimator to ``x`` and of Esser et al.
-    2020 (arXiv:1902.08153, equation 3) to ``scale``.
+    2020 (arXiv:1902.08153, equation 3) to ``scale``, where that or ``zero_point`` is trained.
 
     Args:
         x: (rows, width).
@@ -46,6 +47,9 @@ def fake_quantize(
     Returns:
         The shape and dtype of ``x``.
     """
+    trained = scale.requires_grad or zero_point.requires_grad
+    if not scheme.is_stretched and not trained:
+        return round_straight_through(x, scale, None if scheme.symmetric else zero_point, *integers)
     if not scheme.is_stretched:
         values: Tensor = _fake_quantize_affine(x, _block(x, scale), scale, zero_point, torch.int32, *integers)
         return values

@@ -1,0 +1,96 @@
+"""Rounding to a grid as one step of autograd, with the gradient of a straight-through estimator.
+
+torchao's ``_fake_quantize_affine`` is a chain of nine functions, each with a result that autograd keeps or a
+pass over memory in the backward pass. Here the same arithmetic runs in place, in the same order, so the
+values are the same. The gradient passes where a value was not clipped (Bengio et al. 2013,
+arXiv:1308.3432) and is the one that arrives: the chain multiplies it by the scale and by its reciprocal,
+which moves its last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, lowest: int, highest: int
+    ) -> Tensor:
+        blocks = x.reshape(*scale.shape, -1) if scale.dim() else x
+        if scale.dim():
+            scale = scale.unsqueeze(-1)
+        steps = (blocks * (1.0 / scale)).round_()
+        if zero_point is not None:
+            zero_point = zero_point.to(x.dtype).view(scale.shape)
+            steps.add_(zero_point)
+        if ctx.needs_input_grad[0]:
+            # Half as wide as the weight, and more than it can hold is clipped anyway.
+            ctx.save_for_backward(steps.to(torch.float16, copy=True))
+            ctx.range = lowest, highest
+        rounded = steps.clamp_(lowest, highest).to(x.dtype)
+        if zero_point is not None:
+            rounded.sub_(zero_point)
+        rounded.mul_(scale)
+        # A view of a result that nobody else has may be changed in place by who asked for it.
+        return rounded if rounded.shape == x.shape else torch.ops.aten._unsafe_view(rounded, x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (steps,) = ctx.saved_tensors
+        lowest, highest = ctx.range
+        passed = pass_inside(grads[0], steps, lowest, highest)
+        return passed, None, None, None, None
+
+
+class _RoundedInRange(torch.autograd.Function):
+    """One scale for all values: the bounds of the integers are those of ``x`` itself, which the function
+    before it keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            step = float(scale)
+            ctx.range = (lowest - 0.5) * step, (highest + 0.5) * step
+            ctx.save_for_backward(x)
+        return (x * (1.0 / scale)).round_().clamp_(lowest, highest).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.range), None, None, None
+
+
+def pass_inside(grad: Tensor, steps: Tensor, lowest: int, highest: int) -> Tensor:
+    """``grad``, but zero where the whole numbers ``steps`` (float16, as many) are out of ``lowest`` to
+    ``highest``. Comparisons that make booleans take several times as long on a CPU."""
+    inside = steps.view(grad.shape).float()
+    gated = torch.ops.aten.hardtanh_backward(grad.float(), inside, lowest - 0.5, highest + 0.5)
+    return gated.to(grad.dtype)  # type: ignore[no-any-return]
+
+
+def round_straight_through(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, lowest: int, highest: int
+) -> Tensor:
+    """``x`` on the grid ``(integer - zero_point) * scale``, with a gradient to ``x`` alone.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape.
+        scale: floating point, one for each block of ``x``: its shape is that of ``x`` without the last
+            dimension, or with the number of blocks there. A scalar is for the whole of ``x``.
+        zero_point: whole numbers, the shape of ``scale``; None for zero.
+        lowest: smallest integer.
+        highest: largest integer.
+
+    Returns:
+        The shape and dtype of ``x``.
+    """
+    if not scale.dim() and x.dtype == torch.float32 and x.is_cpu and not torch.compiler.is_compiling():
+        zero = 0 if zero_point is None else int(zero_point)
+        in_range: Tensor = _RoundedInRange.apply(x, scale, lowest - zero, highest - zero)
+        return in_range
+    rounded: Tensor = _Rounded.apply(x, scale, zero_point, lowest, highest)
+    return rounded
