@@ -22,6 +22,7 @@ from qaware.exporters.base import Exporter, first_line
 from qaware.exporters.isolated import IsolatedRunner
 from qaware.files import write_json
 from qaware.layers import LayerReport, float_twin, layer_report
+from qaware.metrics.remembered import remembered
 from qaware.metrics.score import Score
 from qaware.parity import Parity, compare
 from qaware.plan import Plan
@@ -89,6 +90,11 @@ class Pipeline:
     """How long the layer that differs is searched after a parity failure; 0: not at all."""
 
     _twin: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        """Each stage is compared with the same logits of the float model."""
+        if self.reference is not None:
+            self.reference = remembered(self.reference)
 
     def before_rounding(self, prepared: nn.Module) -> nn.Module:
         """A copy of ``prepared`` that computes in float; its weights, which rounding writes over, are kept

@@ -104,7 +104,7 @@ class Gptq(Step):
     between."""
     correct: bool = True
     """Match the float model's output rather than that of the float weight for the inputs that earlier
-    rounding left. Holds a float copy of the model meanwhile, and runs it beside."""
+    rounding left. Holds the float weights of a block meanwhile, and runs that in float too."""
 
     def __post_init__(self) -> None:
         _between("rounding.gptq.damping", self.damping, 0.0, 1.0)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from qaware.api import Step, quantize
 from qaware.copying import deep_copy
@@ -16,8 +16,8 @@ from qaware.engines.base import QuantizedModel
 from qaware.engines.choose import choose
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
+from qaware.metrics.remembered import remembered
 from qaware.metrics.score import Score, paired
-from qaware.metrics.windows import data_hash
 from qaware.mixed.rules import one_by_one
 from qaware.mixed.weights import assigned
 from qaware.pipeline import predictor
@@ -25,7 +25,6 @@ from qaware.plan import Plan
 from qaware.scheme import Scheme
 from qaware.tasks import Predict, Task
 
-_KEPT_BYTES = 2**29
 _STRUCTURE = ("_parameters", "_buffers", "_modules")
 
 
@@ -77,7 +76,7 @@ class Trials:
         """
         self.model, self.plan, self.task = model.eval(), plan, task
         self.source = source or Source()
-        self.reference = reference or _remembered(predictor(deep_copy(model).eval(), task))
+        self.reference = reference or remembered(predictor(deep_copy(model).eval(), task))
         score = task.score(self.reference)
         if score is None:
             raise QawareError(
@@ -151,22 +150,3 @@ def _rewound(model: nn.Module) -> Iterator[None]:
             for key, parts in structure.items():
                 vars(module)[key].clear()
                 vars(module)[key].update(parts)
-
-
-def _remembered(predict: Predict) -> Predict:
-    """``predict`` that keeps its logits, as many as fit in half a gigabyte: each trial needs them."""
-    known: dict[str, Tensor] = {}
-    size = 0
-
-    def remembered(*tensors: Tensor) -> Tensor:
-        nonlocal size
-        key = data_hash(tensors)
-        if key in known:
-            return known[key]
-        logits = predict(*tensors)
-        size += logits.numel() * logits.element_size()
-        if size <= _KEPT_BYTES:
-            known[key] = logits
-        return logits
-
-    return remembered

@@ -11,21 +11,20 @@ from torch import Tensor, nn
 from qaware.engines.fake_quant import set_fake_quant
 from qaware.engines.weight_fake_quant import Float16FakeQuantizer
 from qaware.errors import QawareError
-from qaware.layers import float_twin
 from qaware.plan import Plan
 from qaware.rounding import rtn
 from qaware.rounding.base import Chosen, shipped_weight, write
+from qaware.rounding.beside import Beside
 from qaware.rounding.bias_correction import correct_bias
 from qaware.rounding.grid import Grid
 from qaware.rounding.kinds import CHOOSERS, FOLDERS
 from qaware.rounding.moments import Moments
 from qaware.rounding.recording import Recording
-from qaware.rounding.replaying import Group, groups_in_order, replay
+from qaware.rounding.replaying import Group
 from qaware.rounding.report import RoundedLayer, RoundingReport
 from qaware.rounding.ties import find_ties
+from qaware.rounding.walk import Seen, Walk
 from qaware.roundings import Rtn
-
-Seen = dict[str, Moments]
 
 
 def fold_scales(model: nn.Module, plan: Plan, recording: Recording) -> dict[str, str]:
@@ -68,13 +67,12 @@ def round_weights(
     """
     set_fake_quant(model, True)
     ties = find_ties(model, plan)
-    if recording is None or not _looks_beside(plan):
-        twin = None
-    elif twin is None:
-        twin = float_twin(model)
+    beside = Beside(model, twin) if recording is not None and _looks_beside(plan) else None
     layers: list[RoundedLayer] = []
-    for names, seen in _turns(model, plan, recording, ties, twin):
+    for names, seen in _turns(model, plan, recording, ties, beside):
         for name in names:
+            if beside is not None:
+                beside.keep(name)
             line = _round_layer(model, plan, name, ties.get(name, ()), seen.get(name))
             layers += _lines(line, ties.get(name, ()), parted or {}, notes or {})
             advance()
@@ -91,7 +89,7 @@ def _turns(
     plan: Plan,
     recording: Recording | None,
     ties: dict[str, tuple[str, ...]],
-    twin: nn.Module | None,
+    beside: Beside | None,
 ) -> Iterator[tuple[Sequence[str], Seen]]:
     """The layers that are rounded together, in order, with the moments of what enters them."""
     followers = {other for others in ties.values() for other in others}
@@ -106,46 +104,15 @@ def _turns(
     tied = [n for n in names if n in ties]
     if tied:
         set_fake_quant(model, False)
-        seen = _observe(model, recording, Group(tuple(tied), False), None)
+        seen = Walk(model, recording, None).observe(Group(tuple(tied), False))
         set_fake_quant(model, True)
         yield tied, seen
-    late = [n for n in names if n not in early and n not in ties]
-    groups = groups_in_order(model, recording, late)
-    for group in groups:
-        yield group.names, _observe(model, recording, group, twin)
-    unseen = [n for n in late if all(n not in group.names for group in groups)]
+    unseen = [n for n in names if n not in early and n not in ties]
+    for group, seen in Walk(model, recording, beside).groups(unseen):
+        yield group.names, seen
+        unseen = [n for n in unseen if n not in group.names]
     if unseen:
         yield unseen, {}
-
-
-def _observe(model: nn.Module, recording: Recording, group: Group, twin: nn.Module | None) -> Seen:
-    """The moments of each layer's input; linear layers that take the same tensor share them."""
-    modules = {n: m for n in group.names if not isinstance(m := model.get_submodule(n), nn.Embedding)}
-    together = group.once and all(isinstance(m, nn.Linear) for m in modules.values())
-    watched = list(modules)[:1] if together else list(modules)
-    seen = {name: Moments(modules[name], twin is not None) for name in watched}
-    for call in recording:
-        exact: dict[str, list[Tensor]] = {name: [] for name in watched}
-        if twin is not None:
-            replay(twin, [call], watched, _keep_in(exact), group.once)
-        replay(model, [call], watched, _look_with(seen, exact), group.once)
-    for name, moments in seen.items():
-        moments.reduce(name)
-    return dict.fromkeys(modules, seen[watched[0]]) if together else seen
-
-
-def _keep_in(exact: dict[str, list[Tensor]]) -> Callable[[str, Tensor], None]:
-    return lambda name, x: exact[name].append(x.clone())  # as the model may go on to change it in place
-
-
-def _look_with(seen: Seen, exact: dict[str, list[Tensor]]) -> Callable[[str, Tensor], None]:
-    return lambda name, x: seen[name].look(x, _same(exact[name], x))
-
-
-def _same(exact: list[Tensor], x: Tensor) -> Tensor | None:
-    """What entered in the same place of the float model; it may have sent other samples there."""
-    found = exact.pop(0) if exact else None
-    return found if found is not None and found.shape == x.shape else None
 
 
 def _is_float16(model: nn.Module, name: str) -> bool:
@@ -162,7 +129,6 @@ def _round_layer(
     if not bool(weight.isfinite().all()):
         what = name or type(layer).__name__
         raise QawareError(f"{what}: its weight has NaN or infinity; give a model without")
-    nearest = rtn.choose(weight, grid, Rtn(), moments)
     chosen = CHOOSERS[chooser.name](weight, grid, chooser, moments if _usable(moments) else None)
     write(layer, chosen)
     for other in others:
@@ -173,7 +139,8 @@ def _round_layer(
         note = "; ".join(text for text in (note, said) if text)
     method = plan.recipe.rounding_label
     target = weight if chosen.target is None else chosen.target
-    error, rtn_error = (_error(target, c, moments) for c in (chosen, nearest))
+    error = _error(target, chosen, moments)
+    rtn_error = _error(target, rtn.choose(weight, grid, Rtn(), moments), moments)
     return RoundedLayer(name, method, error, rtn_error, note=note)
 
 

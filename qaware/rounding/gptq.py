@@ -34,16 +34,29 @@ def choose(weight: Tensor, grid: Grid, step: Gptq, moments: Moments | None) -> C
     found = _factor(moments.hessian, step)
     if found is None:
         return _nearest(weight, grid, step, moments, "mse, as its Hessian has no inverse")
+    size = grid.rows_at_once(weight) if moments.groups == 1 else len(weight)
+    parts = [_rows(part, grid, step, moments, found) for part in weight.split(size)]
+    damping = found[2]
+    note = "" if damping == step.damping else f"damping {damping:g}, as its Hessian is singular"
+    rounded, scale, zero_point, target = (
+        part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True)
+    )
+    return Chosen(rounded, scale, zero_point, note, target)
+
+
+def _rows(
+    weight: Tensor, grid: Grid, step: Gptq, moments: Moments, found: tuple[Tensor, Tensor, float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rounded weight, scale, zero point and target of some rows."""
     factor, order, damping = found
     hessian = _damped(moments.hessian.double(), damping)
-    target = _target(weight, moments, hessian, damping) if step.correct else weight
+    target = _target(weight, moments, hessian) if step.correct else weight
+    hessian = hessian.float()
     work = _Work(target, grid, step, mse.importance(weight, moments))
     work.run(factor, order)
-    work.rounded, work.scale = polish(
-        Problem(target, hessian.float(), grid), work.rounded, work.scale, work.zero_point, step.polish
-    )
-    note = "" if damping == step.damping else f"damping {damping:g}, as its Hessian is singular"
-    return Chosen(work.rounded, work.scale, work.zero_point, note, target)
+    problem = Problem(target, hessian, grid)
+    rounded, scale = polish(problem, work.rounded, work.scale, work.zero_point, step.polish)
+    return rounded, scale, work.zero_point, target
 
 
 def _nearest(weight: Tensor, grid: Grid, step: Gptq, moments: Moments | None, why: str) -> Chosen:
@@ -56,37 +69,48 @@ def _factor(hessian: Tensor, step: Gptq) -> tuple[Tensor, Tensor, float] | None:
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     columns = torch.arange(hessian.shape[1], device=hessian.device).expand(diagonal.shape)
     order = diagonal.argsort(dim=1, descending=True, stable=True) if step.act_order else columns
-    ordered = hessian.double()
+    ordered = hessian
     if step.act_order:
         ordered = ordered.gather(1, order.unsqueeze(2).expand_as(hessian))
         ordered = ordered.gather(2, order.unsqueeze(1).expand_as(hessian))
     damping = step.damping
     for _ in range(_TRIES):
-        lower, failed = torch.linalg.cholesky_ex(_damped(ordered, damping))
-        if not bool(failed.any()):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed.any()) and bool(upper.isfinite().all()):
-                return upper.float(), order, damping
+        upper = _inverse_factor(_damped(ordered.double(), damping))
+        if upper is not None:
+            return upper.float(), order, damping
         damping = max(damping, _LEAST_DAMPING) * _MORE
     return None
 
 
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """The upper Cholesky factor of the inverse, where there is one; no more than two matrices are held."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    del matrix
+    if bool(failed.any()):
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if bool(failed.any()) or not bool(upper.isfinite().all()) else upper
+
+
 def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """``hessian`` with a share of its mean diagonal, or 1 where nothing but zeros was seen, added to it."""
+    """``hessian``, changed in place: a share of its mean diagonal, or 1 where nothing but zeros was seen, is
+    added to its diagonal."""
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    damped = hessian.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, damping * mean, 1.0))
-    return damped
+    hessian.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, damping * mean, 1.0))
+    return hessian
 
 
-def _target(weight: Tensor, moments: Moments, hessian: Tensor, damping: float) -> Tensor:
+def _target(weight: Tensor, moments: Moments, hessian: Tensor) -> Tensor:
     """The real weight whose output from what enters is nearest to the float model's, ``weight`` itself where
-    that is not known; float32 (rows, width)."""
-    if moments.cross is None:
+    that is not known; float32 (rows, width). ``hessian`` is the damped one, float64."""
+    cross = moments.cross
+    if cross is None:
         return weight
     grouped = weight.double().view(moments.groups, -1, weight.shape[1])
-    damped = moments.cross.double() - moments.hessian.double() + hessian
-    best: Tensor = torch.linalg.solve(hessian, grouped @ damped, left=False)
+    right = grouped @ cross.double().sub_(moments.hessian).add_(hessian)
+    best: Tensor = torch.linalg.solve(hessian, right, left=False)
     return best.float().view_as(weight)
 
 

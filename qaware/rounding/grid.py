@@ -10,6 +10,8 @@ from torch import Tensor
 from qaware.engines.levels import fake_quantize
 from qaware.scheme import Scheme
 
+_NUMBERS = 1 << 20
+
 
 class Grid:
     """Scales and values that a weight (rows, width) may take: those of the layer's own fake-quantizer.
@@ -56,6 +58,13 @@ class Grid:
         """A scale or zero point of each block (blocks, 1) as (rows, width / block), for the whole of
         ``weight``."""
         return qparam.expand(len(weight), 1) if self.scheme.per_tensor else qparam.reshape(len(weight), -1)
+
+    def rows_at_once(self, weight: Tensor) -> int:
+        """How many rows of ``weight`` (rows, width) are rounded at once: what is held meanwhile is many times
+        their size."""
+        if self.scheme.per_tensor:
+            return len(weight)
+        return max(_NUMBERS // weight.shape[1], 2 * weight.shape[1])
 
     def widest(self, weight: Tensor) -> Tensor:
         """The legal scale of the largest absolute value, for ``weight`` (blocks, weights of a block):

@@ -16,7 +16,7 @@ from qaware.rounding.grid import Grid
 
 _BLOCK = 128
 _RIDGE = 1e-6
-_NUMBERS = 1 << 22
+_NUMBERS = 1 << 19
 """Of the equations for scales that are solved at once."""
 
 

@@ -34,8 +34,8 @@ class Run(NamedTuple):
     turn: int
 
 
-class _Enough(Exception):
-    """Ends a call when every layer was seen."""
+class Enough(Exception):
+    """Ends a call when all that is looked at was seen."""
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def replay(
         look(name, x)
         waiting.discard(name)
         if once and not waiting:
-            raise _Enough
+            raise Enough
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(_looking(name, hook), with_kwargs=True)
@@ -68,7 +68,7 @@ def replay(
             waiting.update(names)
             try:
                 call.run(model)
-            except _Enough:
+            except Enough:
                 continue
     finally:
         for handle in handles:
