@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qaware.engines.base import ActivationRange
 from qaware.engines.static_integer import INT8
@@ -79,7 +79,7 @@ class Parity:
 @torch.no_grad()
 def compare(
     runner: Callable[..., Tensor],
-    reference: nn.Module,
+    reference: Callable[..., Tensor],
     inputs: Sequence[tuple[Tensor, ...]],
     grids: Iterable[ActivationRange] = (),
 ) -> Parity:

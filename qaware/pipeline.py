@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +20,15 @@ from qaware.bisect_layers import Search, first_difference
 from qaware.engines.base import QuantizedModel
 from qaware.engines.choose import engine_for
 from qaware.errors import ParityError, QawareError
-from qaware.exporters.artifact import Artifact
+from qaware.exporters.artifact import Artifact, sidecar_path
 from qaware.exporters.base import Exporter, first_line
 from qaware.exporters.isolated import IsolatedRunner
 from qaware.files import write_json
 from qaware.layers import LayerReport, float_twin, layer_report
-from qaware.metrics.remembered import remembered
+from qaware.measuring import Beside, Measured, Measurement
+from qaware.metrics.remembered import Remembered
 from qaware.metrics.score import Score
-from qaware.parity import Parity, compare
+from qaware.parity import Parity
 from qaware.plan import Plan
 from qaware.report.layers import write_layers
 from qaware.report.ledger import Comparison, Ledger, Row
@@ -90,11 +94,12 @@ class Pipeline:
     """How long the layer that differs is searched after a parity failure; 0: not at all."""
 
     _twin: nn.Module | None = None
+    _reference: Remembered | None = None
 
     def __post_init__(self) -> None:
         """Each stage is compared with the same logits of the float model."""
         if self.reference is not None:
-            self.reference = remembered(self.reference)
+            self._reference = Remembered(self.reference)
 
     def before_rounding(self, prepared: nn.Module) -> nn.Module:
         """A copy of ``prepared`` that computes in float; its weights, which rounding writes over, are kept
@@ -111,7 +116,7 @@ class Pipeline:
         with self.progress(f"Scoring {stage}", self.task.steps // self.world) as advance:
             score = self.task.score(
                 predictor(module, self.task),
-                self.reference if stage != "float" else None,
+                self._reference if stage != "float" else None,
                 on_step=advance,
                 rank=self.rank,
                 world=self.world,
@@ -152,61 +157,57 @@ class Pipeline:
         return report
 
     def export_all(self, result: QuantizationResult) -> None:
-        """Export to each runtime, check parity, score. A failing runtime leaves the others alone."""
+        """Export to each runtime, check parity, score. A failing runtime leaves the others alone.
+
+        While a file is measured on its runtime, the next one is already made.
+        """
         if self.task is None or self.rank != 0:
             return
-        for exporter in self.exporters:
-            try:
-                self._export_one(exporter, result)
-            except QawareError as error:
-                result.failures[exporter.name] = error
-                self.ledger.add(self.label, exporter.name, None, 0, failed=str(error))
-                log.error("%s", error)
+        with Beside() as beside:
+            waiting = deque[tuple[Exporter, Future[Measured]]]()
+            for exporter in self.exporters:
+                with self.progress(f"Exporting to {exporter.name}", 1):
+                    waiting.append(
+                        (exporter, beside.start(functools.partial(self._export, exporter, result)))
+                    )
+                while waiting and waiting[0][1].done():
+                    self._record(*waiting.popleft(), result)
+            while waiting:
+                self._record(*waiting.popleft(), result)
 
-    def _export_one(self, exporter: Exporter, result: QuantizationResult) -> None:
+    def _export(self, exporter: Exporter, result: QuantizationResult) -> Measurement:
         assert self.task is not None
-        task, name = self.task, exporter.name
-        path = self.folder / f"{self.label.replace(' ', '-')}{exporter.suffix}"
-        with self.progress(f"Exporting to {name}", 1) as advance:
-            artifact = exporter.export(result.model, task.example, task.signature, path, self.metadata)
-            advance()
-        with IsolatedRunner(artifact) as runner:
-            parity = self._check_parity(exporter, artifact, runner, result)
-            artifact = artifact.update(parity=parity.to_dict())
-            with self.progress(f"Scoring {name}", task.steps) as advance:
-                score = task.score(runner, self.reference, on_step=advance)
-        self.ledger.add(
-            self.label,
-            name,
-            score,
-            artifact.bytes,
-            self.comparison,
-            artifact=artifact.path.name,
-            parity=parity.to_dict(),
-            notes=list(artifact.notes),
-        )
+        task, path = self.task, self.folder / f"{self.label.replace(' ', '-')}{exporter.suffix}"
+        artifact = exporter.export(result.model, task.example, task.signature, path, self.metadata)
+        return Measurement(exporter, artifact, result.model, task, self._reference)
+
+    def _record(self, exporter: Exporter, future: Future[Measured], result: QuantizationResult) -> None:
+        """A row of what was measured, or of what went wrong."""
+        name = exporter.name
+        try:
+            with self.progress(f"Scoring {name}", 1):
+                measured = self._measured(exporter, future, result)
+        except QawareError as error:
+            result.failures[name] = error
+            self.ledger.add(self.label, name, None, 0, failed=str(error))
+            log.error("%s", error)
+            return
+        artifact, parity, score = measured.artifact, measured.parity, measured.score
+        more = {"artifact": artifact.path.name, "parity": parity.to_dict(), "notes": list(artifact.notes)}
+        self.ledger.add(self.label, name, score, artifact.bytes, self.comparison, **more)
         result.artifacts[name], result.parity[name] = artifact, parity
         if score is not None:
             result.scores[name] = score
 
-    def _check_parity(
-        self,
-        exporter: Exporter,
-        artifact: Artifact,
-        runner: Callable[..., Tensor],
-        result: QuantizationResult,
-    ) -> Parity:
-        assert self.task is not None
-        reference = self.task.signature.wrap(exporter.reference(result.model)).eval()
+    def _measured(self, exporter: Exporter, future: Future[Measured], result: QuantizationResult) -> Measured:
         try:
-            parity = compare(runner, reference, self.task.parity_inputs, result.model.outputs.values())
-            parity.require(artifact.path.name, exporter.tolerance_for(result.plan))
+            return future.result()
         except ParityError as error:
-            for file in (artifact.path, artifact.sidecar):
+            path = self.folder / f"{self.label.replace(' ', '-')}{exporter.suffix}"
+            for file in (path, sidecar_path(path)):
                 file.rename(file.with_name(file.name + ".rejected"))
             where = self._first_difference(exporter, result.model)
             raise ParityError(f"{error}; {where}" if where else str(error)) from None
-        return parity
 
     def _first_difference(self, exporter: Exporter, quantized: QuantizedModel) -> str | None:
         task = self.task

@@ -12,6 +12,7 @@ import qaware
 from qaware.engines.base import QuantizedModel
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.base import Exporter
+from qaware.exporters.decode import in_steps
 from qaware.exporters.isolated import IsolatedRunner
 from qaware.lm import CausalLM
 from qaware.parity import compare
@@ -45,7 +46,7 @@ def export(exporter: Exporter, model: QuantizedModel, folder: Path) -> Artifact:
 
 
 def require_generation(exporter: Exporter, model: QuantizedModel, artifact: Artifact) -> None:
-    """Whole texts, steps and greedy tokens are those of the model; a cache is not disturbed by other texts."""
+    """Whole texts, steps and greedy tokens are those of the model; a cache forgets other texts."""
     reference = SIGNATURE.wrap(exporter.reference(model)).eval()
     tolerance = exporter.tolerance_for(model.plan)
     with IsolatedRunner(artifact) as runner, torch.no_grad():
@@ -53,21 +54,13 @@ def require_generation(exporter: Exporter, model: QuantizedModel, artifact: Arti
         wholes = [(text(LONGEST),), (text(3, 1),), (text(1, 2),)]
         compare(runner, reference, wholes, []).require(artifact.path.name, tolerance)
         runner(text(LONGEST, 9))
-        compare(lambda ids: in_parts(runner, ids), reference, wholes[:2], []).require("steps", tolerance)
+        compare(in_steps(runner, 5), reference, wholes[:2], []).require("steps", tolerance)
         prompt = text(LONGEST + 4, 3)
         found = runner.generate(prompt, 20)
         assert torch.equal(runner.generate(prompt, 20), found)
         agree = [greedy(exporter.reference(model), found[:, :n]) == int(found[0, n]) for n in range(20, 40)]
         # int8 activations near an edge may choose another of two equally likely tokens.
         assert sum(agree) >= (20 if tolerance.relative < 1e-3 else 18)
-
-
-def in_parts(runner: IsolatedRunner, ids: Tensor) -> Tensor:
-    """The same logits from a first half, then token by token."""
-    half = max(1, ids.shape[1] // 2)
-    first = runner.step(ids[:, :half], 0)
-    rest = [runner.step(ids[:, i : i + 1], i) for i in range(half, ids.shape[1])]
-    return torch.cat([first, *rest], 1)
 
 
 def greedy(module: Any, ids: Tensor) -> int:

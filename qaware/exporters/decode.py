@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
@@ -59,6 +60,21 @@ def decode(
         if token in stop:
             return
         text = torch.cat([text, torch.tensor([[token]])], 1)
+
+
+def in_steps(runner: Stepping, singly: int = 8) -> Callable[..., Tensor]:
+    """A runner with a cache as one of whole texts (1, T) that goes through them as ``decode`` does: the first
+    half at once, then ``singly`` tokens one by one, and the others at once."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        ids = tensors[0]
+        length, half = ids.shape[1], max(1, ids.shape[1] // 2)
+        alone = range(half, min(half + singly, length))
+        ends = [0, half, *(i + 1 for i in alone), *([length] if alone and alone[-1] + 1 < length else [])]
+        pairs = itertools.pairwise(ends)
+        return torch.cat([runner.step(ids[:, start:end], start) for start, end in pairs], 1)
+
+    return run
 
 
 def _cached(runner: Stepping) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from qaware.engines.base import QuantizedModel
 from qaware.engines.choose import choose
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
-from qaware.metrics.remembered import remembered
+from qaware.metrics.remembered import Remembered
 from qaware.metrics.score import Score, paired
 from qaware.mixed.rules import one_by_one
 from qaware.mixed.weights import assigned
@@ -76,7 +76,7 @@ class Trials:
         """
         self.model, self.plan, self.task = model.eval(), plan, task
         self.source = source or Source()
-        self.reference = reference or remembered(predictor(deep_copy(model).eval(), task))
+        self.reference = reference or Remembered(predictor(deep_copy(model).eval(), task))
         score = task.score(self.reference)
         if score is None:
             raise QawareError(

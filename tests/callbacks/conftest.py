@@ -8,6 +8,7 @@ import pytest
 from fake_runtime import InProcess
 
 import qaware.exporters
+import qaware.measuring
 import qaware.pipeline
 
 
@@ -23,3 +24,4 @@ def fake_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(qaware.exporters.BUILTIN, "fake", "fake_runtime:FakeExporter")
     monkeypatch.setitem(qaware.exporters.BUILTIN, "wrong", "fake_runtime:WrongExporter")
     monkeypatch.setattr(qaware.pipeline, "IsolatedRunner", InProcess)
+    monkeypatch.setattr(qaware.measuring, "IsolatedRunner", InProcess)

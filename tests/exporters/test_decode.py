@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qaware.errors import QawareError
-from qaware.exporters.decode import decode
+from qaware.exporters.decode import decode, in_steps
 
 VOCABULARY = 11
 
@@ -40,6 +40,14 @@ def test_a_cache_is_read_in_parts_and_gives_the_tokens_of_whole_texts() -> None:
     assert found == list(decode(whole, PROMPT, 6))
     assert cached.calls == [(0, 2), (2, 2), (4, 1), (5, 1), (6, 1), (7, 1), (8, 1), (9, 1)]
     assert whole.calls == [(0, n) for n in range(5, 11)]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 9, 20])
+def test_steps_together_are_the_whole_text(length: int) -> None:
+    ids, runner = torch.arange(length)[None], Fake(length=20, most=20)
+    assert torch.equal(in_steps(runner, 3)(ids), Fake(20, 20)(ids))
+    sizes = [count for _, count in runner.calls]
+    assert sum(sizes) == length and sizes[1:4] == [1] * min(3, length - max(1, length // 2))
 
 
 def test_a_stop_token_is_the_last() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qaware.metrics.remembered import remembered
+from qaware.metrics.remembered import Remembered
 
 
 class Counted:
@@ -20,7 +20,7 @@ class Counted:
 
 def test_the_same_tensors_are_computed_once() -> None:
     predict = Counted()
-    run = remembered(predict)
+    run = Remembered(predict)
     for _ in range(2):
         for x in (torch.arange(4.0), torch.arange(4.0).view(2, 2), torch.arange(4), torch.ones(4)):
             assert torch.equal(run(x, x), 4 * x)
@@ -29,7 +29,7 @@ def test_the_same_tensors_are_computed_once() -> None:
 
 def test_what_is_kept_has_a_bound() -> None:
     predict = Counted()
-    run = remembered(predict, most=2 * 4 * 4 + 4)
+    run = Remembered(predict, most=2 * 4 * 4 + 4)
     for _ in range(2):
         for value in range(4):
             assert torch.equal(run(torch.full((4,), float(value))), torch.full((4,), 2.0 * value))
