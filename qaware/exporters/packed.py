@@ -1,7 +1,7 @@
-"""Layers that hold integers at their width and compute what the converted layers compute.
+"""Weights that hold integers at their width and give what the converted weights give.
 
 The modules engine keeps every integer in a byte, which torchao can compute with. A file should be as
-small as the recipe promises, so these layers hold the same integers in bit planes: 4 bits are one
+small as the recipe promises, so these weights hold the same integers in bit planes: 4 bits are one
 plane of 4, 3 bits a plane of 2 and one of 1, 7 bits planes of 4, 2 and 1; 8 bits stay int8.
 
 A byte of a plane holds columns that are far apart (column c and column c + width / 2 for 4 bits)
@@ -11,19 +11,16 @@ rather than neighbours. Unpacking then reads and writes whole vectors: the compi
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
-from qaware.engines.activation_fake_quant import INT8
-from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
-from qaware.engines.static_integer import IntegerLayer
+from qaware.engines.base import QuantizedWeight
 from qaware.engines.weight_fake_quant import integer_dtype
 from qaware.errors import QawareError
-from qaware.plan import Decision
 from qaware.scheme import Scheme
 
 PLANES = (4, 2, 1)
@@ -62,28 +59,43 @@ def unfold(packed: Tensor, plane: int) -> list[Tensor]:
     return [(packed & (mask << shift)).float() * 2.0**-shift for shift in range(0, 8, plane)]
 
 
-def round_per_token(x: Tensor) -> Tensor:
-    """``x`` on an asymmetric int8 grid for each token (last axis), same shape and dtype.
-
-    These are the operators that torchao's linear runs. Its Python functions around them also switch
-    gradients off, and torch.export cuts the graph at each switch: time quadratic in the layers.
-    """
-    ops: Any = torch.ops.torchao
-    block = [1] * (x.dim() - 1) + [x.shape[-1]]
-    scale, zero = ops.choose_qparams_affine(x, "ASYMMETRIC", block, torch.int8, *INT8, None, None, torch.int8)
-    grid = (block, scale, zero, torch.int8, *INT8)
-    return cast(Tensor, ops.dequantize_affine(ops.quantize_affine(x, *grid), *grid, output_dtype=x.dtype))
-
-
-class PackedWeight(nn.Module):
+class StoredWeight(nn.Module):
     """One quantized weight; layers that share it share one copy in the file."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        self.scheme, (self.rows, self.width) = weight.scheme, weight.data.shape
+        self.block = self.scheme.block(self.width)
+
+    def integers(self) -> Tensor:
+        """int8 (rows, width): what was packed."""
+        raise NotImplementedError
+
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """Scales, float32 (rows, groups), and zero points, int8 of that shape or None."""
+        raise NotImplementedError
+
+    def dequantize(self, rows: Tensor | None = None) -> Tensor:
+        """float32 (rows, width), or (*rows.shape, width) for the given rows only."""
+        raise NotImplementedError
+
+    def tensor(self, activation: str, dtype: torch.dtype) -> Tensor:
+        """The weight of the converted layer, for model code that reads ``layer.weight`` itself."""
+        scale, zero = self.grid()
+        zero = torch.zeros_like(scale, dtype=torch.int8) if zero is None else zero
+        rounding = "int8_asym_per_token" if activation == "int8-dynamic" else None
+        kind = (integer_dtype(self.scheme), (1, self.block), dtype, rounding)
+        return cast(Tensor, IntxUnpackedToInt8Tensor(self.integers(), scale, zero, *kind))
+
+
+class PackedWeight(StoredWeight):
+    """A weight in bit planes."""
 
     scale: Tensor
     zero_point: Tensor | None
 
     def __init__(self, weight: QuantizedWeight) -> None:
-        super().__init__()
-        self.scheme, self.width = weight.scheme, weight.data.shape[1]
+        super().__init__(weight)
         planes = pack(weight.data, self.scheme)
         self.planes = tuple(planes)
         self.step = 2 if self.scheme.is_stretched else 1
@@ -92,7 +104,7 @@ class PackedWeight(nn.Module):
         """The code of zero, between two codes where the levels are stretched."""
         for plane, packed in planes.items():
             self.register_buffer(f"plane{plane}", packed)
-        self.register_buffer("scale", _exact(weight))
+        self.register_buffer("scale", exact_scale(weight))
         self.register_buffer("zero_point", weight.zero_point)
 
     def codes(self, rows: Tensor | None = None) -> list[Tensor]:
@@ -111,8 +123,12 @@ class PackedWeight(nn.Module):
         """int8 (rows, width): what was packed."""
         return ((_join(self.codes(), self.width) - self.offset) * self.step).to(torch.int8)
 
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """As stored."""
+        return self.scale.float(), self.zero_point
+
     def dequantize(self, rows: Tensor | None = None) -> Tensor:
-        """float32 (rows, width), or (*rows.shape, width) for the given rows only."""
+        """As of the weight's planes: scaled before they are joined."""
         parts = self.codes(rows)
         scale = _pick(self.scale, rows).float()
         if self.step > 1:
@@ -124,133 +140,8 @@ class PackedWeight(nn.Module):
         scales, zeros = _spread(scale, len(parts)), _spread(zero + self.offset, len(parts))
         return _join([_affine(p, s, z) for p, s, z in zip(parts, scales, zeros, strict=True)], self.width)
 
-    def tensor(self, activation: str, dtype: torch.dtype) -> Tensor:
-        """The weight of the converted layer, for model code that reads ``layer.weight`` itself."""
-        scale, block = self.scale.float(), (1, self.scheme.block(self.width))
-        zero = torch.zeros_like(scale, dtype=torch.int8) if self.zero_point is None else self.zero_point
-        rounding = "int8_asym_per_token" if activation == "int8-dynamic" else None
-        grid = (integer_dtype(self.scheme), block, dtype, rounding)
-        return cast(Tensor, IntxUnpackedToInt8Tensor(self.integers(), scale, zero, *grid))
 
-
-class PackedLinear(nn.Linear):
-    """A linear layer on a packed weight; its input is rounded as the converted layer rounds it."""
-
-    packed: PackedWeight
-    activation: str
-    static: ActivationRange | None
-    dtype: torch.dtype
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The converted layer's weight, unpacked at each use."""
-        return self.packed.tensor(self.activation, self.dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), dtype of ``input``."""
-        return F.linear(self.round(input), self.packed.dequantize().to(self.dtype), self.bias)
-
-    def round(self, input: Tensor) -> Tensor:
-        """The input as integers can hold it, same shape and dtype; unchanged for weight-only schemes."""
-        if self.activation == "int8-dynamic":
-            return round_per_token(input)
-        if self.static is None:
-            return input
-        scale, zero = self.static.scale, self.static.zero_point
-        # What torch.fake_quantize_per_tensor_affine computes; torch.export cannot trace that operator.
-        integers = ((input.float() * (1 / scale)).round() + zero).clamp(*INT8)
-        return ((integers - zero) * scale).to(input.dtype)
-
-
-class PackedEmbedding(nn.Embedding):
-    """An embedding on a packed table; only the rows that are looked up are unpacked."""
-
-    packed: PackedWeight
-    dtype: torch.dtype
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The converted table, unpacked at each use; for heads that read it."""
-        return self.packed.tensor("none", self.dtype)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """int64 (...) to (..., embedding_dim)."""
-        return self.packed.dequantize(input).to(self.dtype)
-
-
-class PackedConvolution(nn.Module):
-    """The part that convolutions on a packed weight share."""
-
-    packed: PackedWeight
-    bias: Any
-    shape: torch.Size
-    """Of the weight."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As of the float layer, in float32 inside."""
-        layer: Any = self
-        weight = self.packed.dequantize().view(self.shape)
-        y: Tensor = layer._conv_forward(input.float(), weight, self.bias)
-        return y.to(input.dtype)
-
-
-class PackedConv1d(PackedConvolution, nn.Conv1d):
-    """(batch, in_channels, length) to (batch, out_channels, length)."""
-
-
-class PackedConv2d(PackedConvolution, nn.Conv2d):
-    """(batch, in_channels, height, width) to (batch, out_channels, height, width)."""
-
-
-_CLASSES = {
-    "Linear": PackedLinear,
-    "Embedding": PackedEmbedding,
-    "Conv1d": PackedConv1d,
-    "Conv2d": PackedConv2d,
-}
-
-
-def pack_layers(quantized: QuantizedModel) -> None:
-    """Turn the integer layers of ``quantized.module`` into packed ones, in place, ties kept; those whose
-    activations are integers too stay what they are.
-
-    Raises:
-        QawareError: a scale does not fit its precision, or an embedding renormalizes its rows.
-    """
-    modules: dict[str, Any] = dict(quantized.module.named_modules())
-    shared: dict[int, PackedWeight | nn.Parameter] = {}
-    for name, weight in quantized.weights.items():
-        decision, key = quantized.plan.layer(name), weight.data.data_ptr()
-        # A layer that is no module any more is part of a converted graph.
-        if name not in modules or _multiplies_integers(modules[name], decision):
-            continue
-        if weight.scheme.is_float:
-            # Float16 layers already store what they should; only the tie was lost when they were copied.
-            modules[name].weight = shared.setdefault(key, nn.Parameter(weight.data, requires_grad=False))
-            continue
-        if key not in shared:
-            shared[key] = PackedWeight(weight)
-        _become_packed(modules[name], decision, quantized.activations.get(name))
-        modules[name].packed = shared[key]
-
-
-def _multiplies_integers(module: nn.Module, decision: Decision) -> bool:
-    assert decision.scheme is not None
-    return isinstance(module, IntegerLayer) and decision.scheme.is_static
-
-
-def _become_packed(module: Any, decision: Decision, static: ActivationRange | None) -> None:
-    """By class, as the engine does: the object keeps its hooks and every place that holds it."""
-    assert decision.scheme is not None
-    if getattr(module, "max_norm", None) is not None:
-        raise QawareError(f"{decision.module}: max_norm {module.max_norm} cannot be exported; use None")
-    module.dtype, module.activation, module.static = module.weight.dtype, decision.scheme.activation, static
-    module.shape = module.weight.shape
-    del module.weight
-    module.__class__ = _CLASSES[decision.type]
-
-
-def _exact(weight: QuantizedWeight) -> Tensor:
+def exact_scale(weight: QuantizedWeight) -> Tensor:
     """The scales in the scheme's precision, which they were already rounded to."""
     assert weight.scale is not None
     stored = weight.scale.to(getattr(torch, weight.scheme.scale_dtype))

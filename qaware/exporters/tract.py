@@ -7,12 +7,10 @@ import contextlib
 import copy
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
@@ -21,8 +19,10 @@ from qaware.engines.base import QuantizedModel
 from qaware.engines.static_integer import IntegerLayer
 from qaware.errors import QawareError
 from qaware.exporters.base import Exporter, Runner, Tolerance, Written
+from qaware.exporters.generation import cache_of
 from qaware.exporters.signature import Signature
 from qaware.exporters.tract_dump import products
+from qaware.exporters.tract_programs import CACHE_LENGTH, FORMS, LONG_INPUTS
 from qaware.plan import Decision, Plan
 from qaware.scheme import Scheme
 
@@ -35,7 +35,12 @@ PLAIN: dict[str, type[nn.Module]] = {
 """The classes of float layers, by the type that a plan gives."""
 Q40_BITS = 4
 Q40_BLOCK = 32
-_LONGEST_CAUSE = 300
+_PRODUCTS = ("float", "integer")
+_LONG = {
+    "float": "more than 2 tokens at once are multiplied by weights expanded to float32, 32 bits each in "
+    "memory from the first such input on (Q4_0 blocks are slower there); prefill: packed keeps them packed",
+    "packed": "prefill: packed: inputs of many tokens are multiplied by Q4_0 blocks, slower than float",
+}
 
 
 class TractExporter(Exporter):
@@ -50,6 +55,30 @@ class TractExporter(Exporter):
         kl=1e-8,
         reason="float32 sums in another order: 2e-7 on one layer, 1e-6 on 12; an int4 one step off is 3e-5",
     )
+
+    def __init__(
+        self, *, cache_length: int | None = None, prefill: str = "float", convolutions: str = "float"
+    ) -> None:
+        """
+        Args:
+            cache_length: of a language model, tokens that its key-value cache holds; default the model's
+                context, at most 1024. Only those that are used take memory.
+            prefill: how Q4_0 weights are multiplied when there are more than two tokens, ``float``: expanded
+                to float32 once, at the first such input, as fast as a float model and with its memory on top;
+                or ``packed``: as they are stored, four times slower for 128 tokens and without more memory.
+            convolutions: how those with static int8 activations and a scale for each channel are multiplied,
+                ``float``: weights expanded to float32 once, while tract loads, and activations rounded to
+                int8 in float32, at 0.9 times the speed of a float model; or ``integer``: int8 products, whose
+                rescaling takes longer than they save, 0.5 times (x86 with AVX-512 VNNI, tract 0.23.9).
+                Linear layers and weights with one scale are multiplied as integers always.
+
+        Raises:
+            QawareError: another prefill, or other convolutions.
+        """
+        for key, value, known in (("prefill", prefill, FORMS), ("convolutions", convolutions, _PRODUCTS)):
+            if value not in known:
+                raise QawareError(f"{key}: {value!r} is not one of {', '.join(known)}")
+        self.cache_length, self.prefill, self.convolutions = cache_length, prefill, convolutions
 
     def tolerance_for(self, plan: Plan) -> Tolerance:
         """One step of the output where it is an integer; sums in another order are one at most."""
@@ -70,6 +99,7 @@ class TractExporter(Exporter):
             chosen.append("weights of layers with static activations take 8 bits each, whatever their width")
         if any(s.stored_bits <= Q40_BITS for s in others):
             chosen.append("up to 4 bits take 4.5 bits a weight (Q4_0)")
+            chosen.append(_LONG[self.prefill])
         if any(s.levels == "ternary" for s in others):
             chosen.append(
                 "tract's ternary block (Q2_0_T) is not read from NNEF files: ternary takes Q4_0 too"
@@ -103,7 +133,11 @@ class TractExporter(Exporter):
         with _contained():
             from qaware.exporters.tract_lowering import write_nnef
 
-            floating = write_nnef(quantized, example, signature, path)
+            cache = cache_of(quantized.module, signature, self.cache_length)
+            properties = {LONG_INPUTS: self.prefill}
+            if cache is not None:
+                properties[CACHE_LENGTH] = str(cache.length)
+            floating = write_nnef(quantized, example, signature, path, cache, properties, self.convolutions)
         static = [part for part in quantized.module.modules() if isinstance(part, IntegerLayer)]
         counts = products(path) if static else None
         if counts is None:
@@ -111,7 +145,7 @@ class TractExporter(Exporter):
         summary = (
             f"tract multiplies integers in {counts.get('I32', 0)} products, floats in {counts.get('F32', 0)}"
         )
-        notes = [summary, *(f"{name} is multiplied in float: {why}" for name, why in floating.items())]
+        notes = [summary, *_multiplied_in_float(floating)]
         return Written(tuple(notes), {"products": counts})
 
     def reference(self, quantized: QuantizedModel) -> nn.Module:
@@ -132,24 +166,18 @@ class TractExporter(Exporter):
         Raises:
             QawareError: tract cannot read it or its inputs are not those of ``signature``.
         """
-        import tract
+        from qaware.exporters.tract_runner import open_archive
 
-        try:
-            model = tract.nnef().with_tract_extra().with_tract_transformers().load(str(path))
-            _check_inputs(path, model.input_count(), signature)
-            runnable = model.into_runnable()
-        except tract.TractError as error:
-            raise QawareError(f"{path.name}: tract cannot load it: {root_cause(error)}") from None
+        return open_archive(path, signature)
 
-        def run(*tensors: Tensor) -> Tensor:
-            try:
-                outputs = runnable.run([t.detach().cpu().contiguous().numpy() for t in tensors])
-            except tract.TractError as error:
-                raise QawareError(f"{path.name}: tract cannot run it: {root_cause(error)}") from None
-            # A copy: the array belongs to tract.
-            return torch.from_numpy(np.array(outputs[0].to_numpy(), dtype=np.float32))
 
-        return run
+def _multiplied_in_float(floating: dict[str, str]) -> list[str]:
+    from qaware.exporters.tract_int8 import RESCALED
+
+    lines = [f"{name} is multiplied in float: {why}" for name, why in floating.items() if why != RESCALED]
+    if chosen := len(floating) - len(lines):
+        lines.append(f"{chosen} convolutions are multiplied in float, on the same integers: {RESCALED}")
+    return lines
 
 
 def _refuse_static(scheme: Scheme) -> str | None:
@@ -158,22 +186,6 @@ def _refuse_static(scheme: Scheme) -> str | None:
     if not scheme.symmetric and not scheme.per_tensor:
         return "zero points of weights with int8-static activations must be equal; use symmetric: true"
     return None
-
-
-def root_cause(error: BaseException) -> str:
-    """The last two causes that tract names, in one line, without the Rust stack trace after them."""
-    text = str(error).partition("Stack backtrace")[0]
-    causes = re.split(r"(?m)^\s*\d+: ", text.partition("Caused by:")[2] or text)
-    words = [" ".join(cause.split()) for cause in causes if cause.strip()]
-    # Of a file that is no archive, tract quotes the bytes.
-    said = "".join(c if c.isprintable() else "?" for c in ": ".join(words[-2:]))
-    return said[:_LONGEST_CAUSE] or type(error).__name__
-
-
-def _check_inputs(path: Path, count: int, signature: Signature) -> None:
-    # tract reads past the end of its inputs when it is given too few.
-    if count != len(signature.inputs):
-        raise QawareError(f"{path.name}: takes {count} inputs, its signature has {len(signature.inputs)}")
 
 
 def _weight_only(weight: IntxUnpackedToInt8Tensor) -> IntxUnpackedToInt8Tensor:

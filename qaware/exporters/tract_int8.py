@@ -29,18 +29,26 @@ from qaware.engines.static_integer import (
     IntegerLinear,
     Requantize,
 )
-from qaware.exporters.tract_unpack import Steps
+from qaware.exporters.tract_rounding import CAST
+from qaware.exporters.tract_unpack import FOLDED
 
 _SHIFT = 128
 """tract's activations are uint8; the same grid counted from 0."""
-_CAST = "tract_core_cast"
 _AXES = "abcdefg"
-_LISTS = ("concat", "stack", "tract_core_einsum_q")
-"""Operations that take one list of values, which nnef_tools tells from several arguments by its type."""
+RESCALED = (
+    "their channels have scales of their own, which tract 0.23.9 applies to one product after the other, so "
+    "that integers take 2 times as long as floats"
+)
+"""Why convolutions are multiplied as floats, though tract could multiply integers."""
 
 
-def float_reason(layer: IntegerLayer) -> str | None:
-    """Why tract cannot multiply a layer's integers, which then are multiplied as floats; None when it can."""
+def float_reason(layer: IntegerLayer, convolutions: str) -> str | None:
+    """Why a layer's integers are multiplied as floats; None when they are multiplied as integers.
+
+    Args:
+        layer: with static activations.
+        convolutions: ``integer`` or ``float``, those that tract is slower to multiply as integers.
+    """
     if layer.input_grid is None or layer.output_grid is None:
         return "its input or output is float"
     if layer.weight_scale.shape[1] != 1:
@@ -49,7 +57,15 @@ def float_reason(layer: IntegerLayer) -> str | None:
         return "its channels have different zero points"
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         return f"its padding_mode is {layer.padding_mode!r}"
-    return None
+    return RESCALED if convolutions == "float" and _is_rescaled(layer) else None
+
+
+def _is_rescaled(layer: IntegerLayer) -> bool:
+    """Whether it is a convolution of which each channel has another scale; larger weights would be converted
+    to float32 in each call."""
+    scale = layer.weight_scale.flatten()
+    differ = bool((scale != scale[0]).any())
+    return not isinstance(layer, IntegerLinear) and differ and layer.weight.numel() <= FOLDED
 
 
 class _Floating(nn.Module):
@@ -100,7 +116,7 @@ class _Emitter:
         """The layer's input on ``grid``."""
         source = get_or_add_tensor_variable_in_nnef(self.graph, self.node.inputs[0], self.names)
         integers = self.integers(f"{self.name}_input", source.shape, grid)
-        Operation(self.graph, type=_CAST, inputs=source, outputs=integers)
+        Operation(self.graph, type=CAST, inputs=source, outputs=integers)
         return integers
 
     def integers(self, name: str, shape: Any, grid: ActivationRange) -> Node:
@@ -111,7 +127,7 @@ class _Emitter:
         """The layer's output as float32; returns the extensions that the graph needs."""
         values = Node(self.graph, self.name, dtype=np.float32, shape=self.shape)
         self.names[self.name] = values
-        Operation(self.graph, type=_CAST, inputs=integers, outputs=values, attribs={"to": "f32"})
+        Operation(self.graph, type=CAST, inputs=integers, outputs=values, attribs={"to": "f32"})
         return ["tract_core"]
 
     def constant(self, suffix: str, data: np.ndarray[Any, Any]) -> Node:
@@ -239,52 +255,3 @@ def _quant(grid: ActivationRange) -> dict[str, Any]:
         "symmetric": False,
         "op-name": "zero_point_linear_quantize",
     }
-
-
-def drop_round_trips(graph: Graph) -> None:
-    """Remove what changes no value: integers cast to float32 and back to their own grid, and a ReLU on a grid
-    that starts at zero."""
-    for relu in [op for op in graph.operations if op.type == "relu"]:
-        source = relu.inputs[0]
-        if (integers := _integers_of(source)) is not None and integers.quant["zero_point"] == 0:
-            _replace(graph, relu, source)
-    for cast in [op for op in graph.operations if op.type == _CAST and op.output.quant]:
-        integers = _integers_of(cast.inputs[0])
-        if integers is not None and integers.quant == cast.output.quant:
-            _replace(graph, cast, integers)
-
-
-def fence_concatenations(graph: Graph) -> None:
-    """Keep casts in front of a concatenation where they are. tract 0.23.9 moves it in front of them and,
-    where integers have another reader too, loses all inputs but one."""
-    for concat in [op for op in graph.operations if op.type == "concat"]:
-        steps = Steps.before(concat)
-        concat.inputs = [
-            node if _integers_of(node) is None else _fenced(steps, node) for node in concat.inputs
-        ]
-
-
-def _fenced(steps: Steps, node: Node) -> Node:
-    """The same value, by an operation that tract does not see through."""
-    lowest = Node(steps.graph, "", (), np.float32, np.asarray(np.finfo(np.float32).min))
-    return steps.add("max", [node, lowest], steps.new(node.shape))
-
-
-def _integers_of(node: Node) -> Node | None:
-    """What a float32 value was cast from, when that is on a grid."""
-    producer = node.producer
-    if producer is None or producer.type != _CAST or not producer.inputs[0].quant:
-        return None
-    integers: Node = producer.inputs[0]
-    return integers
-
-
-def _replace(graph: Graph, op: Operation, value: Node) -> None:
-    """Let the readers of ``op`` read ``value``; an output of the graph keeps its name and its operation."""
-    result = op.output
-    if result in graph.outputs:
-        return
-    for reader in list(result.consumers):
-        inputs = [value if node is result else node for node in reader.inputs]
-        reader.inputs = inputs if reader.type in _LISTS else tuple(inputs)
-    graph.remove_operation(op, unlink=True)

@@ -11,13 +11,12 @@ Imported by ``tract.py`` only while a file is written, because it imports torch_
 from __future__ import annotations
 
 import copy
-import gzip
+import dataclasses
 import itertools
 import logging
 import re
-import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,12 @@ from torch_to_nnef.inference_target.tract import TractNNEF
 
 from qaware.engines.base import QuantizedModel, QuantizedWeight
 from qaware.engines.static_integer import IntegerLayer
-from qaware.exporters.signature import Deployable, Signature
+from qaware.exporters.generation import CacheSpec, GrowingStep
+from qaware.exporters.signature import Signature, TensorSpec
 from qaware.exporters.tract import PLAIN
-from qaware.exporters.tract_int8 import drop_round_trips, fence_concatenations, float_reason, multiply_floats
+from qaware.exporters.tract_archive import pack
+from qaware.exporters.tract_int8 import float_reason, multiply_floats
+from qaware.exporters.tract_rounding import drop_round_trips, fence_concatenations, spell_out_round_trips
 from qaware.exporters.tract_storage import Stored, store_weights
 from qaware.exporters.tract_tracing import no_download, traceable
 
@@ -40,9 +42,25 @@ _TRACE_SIZES = (3, 5, 7, 11, 13)
 
 
 def write_nnef(
-    quantized: QuantizedModel, example: Sequence[Tensor], signature: Signature, path: Path
+    quantized: QuantizedModel,
+    example: Sequence[Tensor],
+    signature: Signature,
+    path: Path,
+    cache: CacheSpec | None = None,
+    properties: Mapping[str, str] | None = None,
+    convolutions: str = "float",
 ) -> dict[str, str]:
     """Write the archive. ``quantized`` becomes a float model on the way, except for its integer products.
+
+    Args:
+        quantized: changed.
+        example: of ``signature``.
+        signature: the inputs, of the model itself.
+        path: of the archive.
+        cache: makes the archive one step of a language model: tokens and what was kept of those before them
+            in, logits and what is to be kept out.
+        properties: kept in the archive.
+        convolutions: ``integer`` or ``float``, of integer layers with a scale for each channel.
 
     Returns:
         Layers with static activations that tract multiplies in float, and why.
@@ -50,13 +68,22 @@ def write_nnef(
     Raises:
         QawareError: a scale is not exact in float16, or a weight is not in the graph as it is.
     """
-    floating = {name: why for name, layer in _static_layers(quantized) if (why := float_reason(layer))}
-    layers = _use_float_weights(quantized)
-    model = signature.wrap(_separate(quantized.module.float().cpu(), set())).eval()
+    static = _static_layers(quantized)
+    floating = {name: why for name, layer in static if (why := float_reason(layer, convolutions))}
+    layers = _use_float_weights(quantized, floating)
+    module = _separate(quantized.module.float().cpu(), set())
+    outputs = ["qaware_output"]
+    if cache is None:
+        model: nn.Module = signature.wrap(module).eval()
+    else:
+        model = GrowingStep(module).eval()
+        outputs += [f"present_{i}" for i in range(len(cache.shapes))]
+        # One token in the past: what is traced is another number, see below.
+        example, signature = (*example, *cache.empty(1)), with_past(signature, cache)
     names = [re.sub(r"\W", "_", spec.name) for spec in signature.inputs]
     sizes = _trace_sizes(signature)
     axes = [{i: d for i, d in enumerate(spec.shape) if d in sizes} for spec in signature.inputs]
-    target = _Target(_by_parameter(model, layers), dict(zip(names, axes, strict=True)))
+    target = _Target(_by_parameter(model, layers), dict(zip(names, axes, strict=True)), properties or {})
     with tempfile.TemporaryDirectory(prefix=".qaware-", dir=path.parent) as folder, traceable():
         exported = export_model_to_nnef(
             model,
@@ -64,21 +91,31 @@ def write_nnef(
             Path(folder) / "model.nnef",
             target,
             input_names=names,
-            output_names=["qaware_output"],
+            output_names=outputs,
             compression_level=None,
             log_level=logging.ERROR,
             custom_extensions=_bounds(signature, sizes),
         )
         for name, content in target.files.items():
             (exported / name).write_bytes(content)
-        _pack(exported, path)
+        pack(exported, path)
     return floating
+
+
+def with_past(signature: Signature, cache: CacheSpec) -> Signature:
+    """Of the archive of a language model: token ids (1, S), then keys and values (1, heads, P, dim)."""
+    (ids,) = signature.inputs
+    past = [TensorSpec(f"past_{i}", "float32", (1, h, "P", d)) for i, (h, d) in enumerate(cache.shapes)]
+    tokens = dataclasses.replace(ids, shape=(1, "S"))
+    return Signature((tokens, *past), {"S": (1, signature.longest), "P": (0, cache.length)})
 
 
 class _Target(TractNNEF):  # type: ignore[misc]
     """tract as torch_to_nnef knows it, which stores weights as they are and downloads nothing."""
 
-    def __init__(self, weights: Mapping[str, Stored], axes: dict[str, Any]) -> None:
+    def __init__(
+        self, weights: Mapping[str, Stored], axes: dict[str, Any], properties: Mapping[str, str]
+    ) -> None:
         with no_download():
             super().__init__(
                 self.latest_version(),
@@ -86,7 +123,9 @@ class _Target(TractNNEF):  # type: ignore[misc]
                 dynamic_axes=axes,
                 # Who exported it, on which machine and with which command is nobody's business.
                 dump_identity_properties=False,
-                specific_properties={"export_cmd": "qaware", "export_date": ""},
+                specific_properties={"export_cmd": "qaware", "export_date": "", **properties},
+                # tract's own attention is slower: 1.2 times for 128 tokens, 1.3 times for one after 128.
+                reify_sdpa_operator=False,
             )
         self.weights = weights
         self.files: dict[str, bytes] = {}
@@ -95,6 +134,7 @@ class _Target(TractNNEF):  # type: ignore[misc]
         """Called by torch_to_nnef between building the graph and writing it."""
         super().post_trace(nnef_graph, active_custom_extensions)
         drop_round_trips(nnef_graph)
+        spell_out_round_trips(nnef_graph)
         fence_concatenations(nnef_graph)
         self.files = store_weights(nnef_graph, self.weights)
 
@@ -105,7 +145,9 @@ def _static_layers(quantized: QuantizedModel) -> list[tuple[str, IntegerLayer]]:
     return [(name, m) for name, m in modules if name in static and isinstance(m, IntegerLayer)]
 
 
-def _use_float_weights(quantized: QuantizedModel) -> dict[int, tuple[str, QuantizedWeight]]:
+def _use_float_weights(
+    quantized: QuantizedModel, floating: Collection[str] = ()
+) -> dict[int, tuple[str, QuantizedWeight]]:
     """Turn every quantized layer that tract computes in float into a plain one with its dequantized weight;
     ties stay ties.
 
@@ -119,7 +161,7 @@ def _use_float_weights(quantized: QuantizedModel) -> dict[int, tuple[str, Quanti
         layer: Any = quantized.module.get_submodule(name)
         if name not in static:
             layer.__class__ = PLAIN[quantized.plan.layer(name).type]
-        elif float_reason(layer) is None:
+        elif name not in floating:
             continue
         else:
             multiply_floats(layer)
@@ -153,7 +195,7 @@ def _separate(module: nn.Module, seen: set[int]) -> nn.Module:
     return module
 
 
-def _by_parameter(model: Deployable, layers: Mapping[int, tuple[str, QuantizedWeight]]) -> dict[str, Stored]:
+def _by_parameter(model: nn.Module, layers: Mapping[int, tuple[str, QuantizedWeight]]) -> dict[str, Stored]:
     """What to store by every name of its parameter, under the first: of tied names the graph has any."""
     first: dict[int, Stored] = {}
     weights = {}
@@ -192,17 +234,3 @@ def _bounds(signature: Signature, sizes: Mapping[str, int]) -> list[str]:
         for symbol in sizes
         for sign, bound in zip((">=", "<="), signature.symbols[symbol], strict=True)
     ]
-
-
-def _pack(folder: Path, path: Path) -> None:
-    """The files of ``folder`` as a .tgz, without owner and time."""
-    with (
-        path.open("wb") as raw,
-        gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as zipped,
-        tarfile.open(fileobj=zipped, mode="w") as archive,
-    ):
-        for file in sorted(folder.iterdir()):
-            entry = tarfile.TarInfo(file.name)
-            entry.size = file.stat().st_size
-            with file.open("rb") as content:
-                archive.addfile(entry, content)

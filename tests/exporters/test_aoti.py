@@ -19,10 +19,11 @@ from qaware.engines.base import QuantizedModel, QuantizedWeight, float_bytes
 from qaware.engines.modules import ModulesEngine
 from qaware.exporters import get_exporter
 from qaware.exporters.aoti import AOTIExporter
+from qaware.exporters.aoti_layers import BlockedWeight
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.base import Runner
 from qaware.exporters.isolated import IsolatedRunner
-from qaware.exporters.packed import PackedWeight
+from qaware.exporters.packed import PackedWeight, StoredWeight
 from qaware.exporters.signature import Signature, TensorSpec
 from qaware.parity import compare
 from qaware.plan import Decision
@@ -126,7 +127,7 @@ def test_every_length_computes_what_the_converted_model_computes(mixed: Exported
 
 def test_the_difference_is_float_noise_where_no_activation_moves(mixed: Exported) -> None:
     parities = [compare(mixed.run, mixed.quantized.module, [(tokens(16, seed),)]) for seed in range(9)]
-    assert sorted(p.relative for p in parities)[4] < 1e-6
+    assert sorted(p.relative for p in parities)[4] < 1e-4  # 16 bits enter the weight-only head
 
 
 def test_strides_of_an_input_do_not_matter(mixed: Exported) -> None:
@@ -151,13 +152,13 @@ def test_the_file_holds_the_integers_unchanged(mixed: Exported) -> None:
         else:
             stored = stored_weight(mixed.constants, name, weight)
             assert torch.equal(stored.integers(), weight.data)
-            assert torch.equal(stored.scale.float(), weight.scale)
+            assert torch.equal(stored.grid()[0], weight.scale)
             assert torch.equal(stored.dequantize(), weight.dequantize())
 
 
-def stored_weight(constants: dict[str, Tensor], name: str, weight: QuantizedWeight) -> PackedWeight:
+def stored_weight(constants: dict[str, Tensor], name: str, weight: QuantizedWeight) -> StoredWeight:
     """A packed weight whose buffers are all replaced by what the file holds."""
-    stored = PackedWeight(weight)
+    stored = BlockedWeight(weight) if f"{name}.packed.codes" in constants else PackedWeight(weight)
     expected = dict(stored.named_buffers())
     for key, buffer in expected.items():
         found = constants[f"{name}.packed.{key}"]
@@ -170,15 +171,15 @@ def test_integers_take_their_width_and_scales_their_precision(mixed: Exported) -
     assert {k: v.dtype for k, v in mixed.constants.items() if "packed" in k} == {
         "embed.packed.plane4": torch.uint8,
         "embed.packed.scale": torch.bfloat16,
-        "qkv.packed.plane4": torch.uint8,
+        "qkv.packed.codes": torch.uint8,
         "qkv.packed.scale": torch.bfloat16,
-        "attn_out.packed.plane8": torch.int8,
+        "attn_out.packed.codes": torch.uint8,
         "attn_out.packed.scale": torch.float32,
         "gate_proj.packed.plane2": torch.uint8,
         "gate_proj.packed.plane1": torch.uint8,
         "gate_proj.packed.scale": torch.float16,
         "gate_proj.packed.zero_point": torch.int8,
-        "lm_head.packed.plane8": torch.int8,
+        "lm_head.packed.codes": torch.uint8,
         "lm_head.packed.scale": torch.float32,
     }
 
@@ -270,7 +271,7 @@ def test_int4_is_an_eighth_and_a_tied_table_is_stored_once(folder: Path) -> None
     wide = export(converted(Wide(), "int4-weight-only"), tokens(1), signature, folder / "wide.pt2")
     for length in (1, 8):
         expected = wide.quantized.module(ids=tokens(length))["logits"]
-        assert torch.allclose(wide.run(tokens(length)), expected, atol=1e-5)
+        assert (wide.run(tokens(length)) - expected).abs().mean() < 1e-4 * expected.std()
     stored = sum(t.numel() * t.element_size() for t in wide.constants.values())
     assert stored == wide.quantized.bytes == before * 4.5 / 32  # 4 bits and a bfloat16 for 32 weights
     # The rest is code, which does not grow with the weights: 0.45 MB here.
@@ -314,4 +315,4 @@ def test_a_transformers_model_with_two_dynamic_axes(folder: Path) -> None:
     llama = export(converted(Llama(), "int4-weight-only"), tokens(1), signature, folder / "llama.pt2")
     for batch, length in ((1, 1), (1, 2), (2, 1), (3, 3), (2, 64)):
         llama.same(tokens(batch * length, seed=length).view(batch, length))
-    assert "model.model.embed_tokens.packed.plane4" not in llama.constants  # tied: under the head's name
+    assert "model.model.embed_tokens.packed.codes" not in llama.constants  # tied: under the head's name

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from qaware.engines.base import QuantizedModel
 from qaware.exporters import get_exporter
+from qaware.exporters.aoti_layers import BlockedWeight
+from qaware.exporters.aoti_product import WIDTHS
 from qaware.exporters.base import Runner
-from qaware.exporters.packed import PackedWeight, pack
+from qaware.exporters.packed import pack
 from qaware.parity import Parity, compare
 
 LOW = {"group_size": 32, "activation": "int8-dynamic", "scale_dtype": "bfloat16"}
@@ -73,8 +75,15 @@ def test_the_library_holds_the_integers_at_their_width(low: Compiled) -> None:
     held = constants(low.path)
     for name, scheme in LEVELS.items():
         weight = low.quantized.weights[name]
-        for plane, packed in pack(weight.data, weight.scheme).items():
-            assert torch.equal(held[f"{name}.packed.plane{plane}"], packed)
-        stored = sum(t.numel() for key, t in held.items() if key.startswith(f"{name}.packed.plane"))
+        if scheme["bits"] in WIDTHS and name != "embed":
+            assert torch.equal(held[f"{name}.packed.codes"], BlockedWeight(weight).codes)
+        else:
+            for plane, packed in pack(weight.data, weight.scheme).items():
+                assert torch.equal(held[f"{name}.packed.plane{plane}"], packed)
+        integers = ("plane", "codes")
+        stored = sum(
+            t.numel()
+            for key, t in held.items()
+            if key.startswith(tuple(f"{name}.packed.{i}" for i in integers))
+        )
         assert stored == weight.data.numel() * scheme["bits"] / 8
-        assert torch.equal(PackedWeight(weight).integers(), weight.data)

@@ -21,7 +21,8 @@ from qaware import QawareError, Scheme, recipe_names
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
 from qaware.engines.modules import ModulesEngine
 from qaware.exporters.aoti import AOTIExporter
-from qaware.exporters.packed import PackedLinear, PackedWeight, pack, pack_layers, round_per_token
+from qaware.exporters.packed import PackedWeight, pack
+from qaware.exporters.packed_layers import PackedLinear, pack_layers, round_per_token
 from qaware.parity import compare
 from qaware.recipe import Recipe
 

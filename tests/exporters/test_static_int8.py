@@ -96,13 +96,29 @@ def test_onednn_takes_all_layers(exported: Callable[..., Made]) -> None:
     assert not any("expanded" in note for note in artifact.notes)
 
 
-@pytest.mark.parametrize("per_tensor", [False, True])
-def test_tract_multiplies_integers_only(exported: Callable[..., Made], per_tensor: bool) -> None:
-    artifact = Artifact.open(exported("tract", per_tensor).artifact.path)
+def test_tract_multiplies_integers_where_a_weight_has_one_scale(exported: Callable[..., Made]) -> None:
+    artifact = Artifact.open(exported("tract", True).artifact.path)
     assert set(artifact.details["products"]) == {"I32"}
     assert artifact.details["products"]["I32"] >= LAYERS
     assert artifact.notes[0].endswith("floats in 0")
-    assert not any("float32" in note for note in artifact.notes)
+    assert not any("float" in note for note in artifact.notes[1:])
+
+
+def test_tract_multiplies_convolutions_of_many_scales_as_floats(exported: Callable[..., Made]) -> None:
+    artifact = Artifact.open(exported("tract").artifact.path)
+    assert artifact.details["products"] == {"I32": 1, "F32": 5}
+    assert artifact.notes[1].startswith("5 convolutions are multiplied in float, on the same integers: their")
+    assert artifact.bytes < exported("tract", True).artifact.bytes + 4096, "weights are stored as integers"
+
+
+def test_tract_multiplies_integers_on_request(tmp_path: Path) -> None:
+    if get_exporter("tract").missing():
+        pytest.skip(str(get_exporter("tract").missing()))
+    exporter, quantized = get_exporter({"tract": {"convolutions": "integer"}}), static_net()
+    path = tmp_path / "integer.nnef.tgz"
+    artifact = exporter.export(quantized, (images(1),), SIGNATURE, path)
+    assert set(artifact.details["products"]) == {"I32"}
+    assert steps(exporter.open(path, SIGNATURE), quantized)[0] <= 1
 
 
 def test_tract_is_compared_with_the_converted_model_itself(exported: Callable[..., Made]) -> None:
@@ -179,7 +195,7 @@ def test_padding_that_kernels_do_not_know_is_done_before_them(tmp_path: Path) ->
     path = tmp_path / "reflect.nnef.tgz"
     artifact = exporter.export(quantized, (images(1),), SIGNATURE, path)
     assert "stem is multiplied in float: its padding_mode is 'reflect'" in artifact.notes
-    assert artifact.details["products"]["F32"] == 1
+    assert artifact.details["products"]["F32"] == 5
     assert steps(exporter.open(path, SIGNATURE), quantized)[0] <= 1
 
 
@@ -248,7 +264,7 @@ def test_layers_of_other_kinds_keep_their_integers(
         assert found["constants"]["uint8"] >= mixed.weights["head"].data.numel() / 2
         assert found["constants"]["float32"] < 4096
     else:
-        assert artifact.details["products"]["F32"] == 2
+        assert artifact.details["products"] == {"I32": 1, "F32": 3}
 
 
 def test_a_largest_batch_of_16_stays_dynamic(tmp_path: Path) -> None:
