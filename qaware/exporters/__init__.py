@@ -70,9 +70,7 @@ def get_exporters(named: Sequence[str | Mapping[str, Any]]) -> list[Exporter]:
         raise QawareError(f"export: {named!r} must be a list, e.g. [{named}]")
     names = [runtime_name(entry) for entry in named]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise QawareError(
-            f"export: {twice[0]} is there twice; give other options in an entry of their own"
-        )
+        raise QawareError(f"export: {twice[0]} is there twice; give other options in an entry of their own")
     return [get_exporter(entry) for entry in named]
 
 

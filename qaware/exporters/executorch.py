@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,14 @@ class ExecuTorchExporter(Exporter):
 
             fit_kernels(quantized)
             cache = cache_of(quantized.module, signature, self.cache_length)
-            step = None if cache is None else self._step(quantized.module)
-            hold = None if step is None else functools.partial(step, cache=cache)
+            hold: Callable[[nn.Module], nn.Module] | None = None
+            about: dict[str, Any] = {}
+            linked: tuple[str, ...] = ()
+            if cache is not None:
+                step = self._step(quantized.module)
+                hold, about = functools.partial(step, cache=cache), _about(cache, signature)
+                linked = (_LINKED,) if step is KernelStep else ()
             program = exported(quantized.module, example, signature, hold)
-            about = {} if cache is None else _about(cache, signature)
             edge = to_edge_transform_and_lower(program, partitioner=[partitioner()], constant_methods=about)
             require_sizes(program, edge.exported_program())
             found = delegation(edge.exported_program())
@@ -116,7 +120,6 @@ class ExecuTorchExporter(Exporter):
             lowered = edge.to_executorch(ExecutorchBackendConfig(do_quant_fusion_and_const_prop=True))
         with path.open("wb") as file:
             lowered.write_to_file(file)
-        linked = (_LINKED,) if step is KernelStep else ()
         return Written((*found.lines(), *linked), {"delegation": dataclasses.asdict(found)})
 
     def _step(self, module: nn.Module) -> type[KernelStep] | type[PortableStep]:
@@ -168,8 +171,8 @@ class ExecuTorchExporter(Exporter):
 
 _CACHE = "get_max_context_len"
 _LINKED = (
-    "attention and its cache are ExecuTorch's LLM kernels (llama::custom_sdpa, llama::update_cache), which the "
-    "app must link"
+    "attention and its cache are ExecuTorch's LLM kernels (llama::custom_sdpa, llama::update_cache), which "
+    "the app must link"
 )
 
 

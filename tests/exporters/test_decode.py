@@ -47,7 +47,8 @@ def test_steps_together_are_the_whole_text(length: int) -> None:
     ids, runner = torch.arange(length)[None], Fake(length=20, most=20)
     assert torch.equal(in_steps(runner, 3)(ids), Fake(20, 20)(ids))
     sizes = [count for _, count in runner.calls]
-    assert sum(sizes) == length and sizes[1:4] == [1] * min(3, length - max(1, length // 2))
+    assert sum(sizes) == length
+    assert sizes[1:4] == [1] * min(3, length - max(1, length // 2))
 
 
 def test_a_stop_token_is_the_last() -> None:
@@ -67,9 +68,9 @@ def test_draws_follow_the_seed_and_stay_among_the_likeliest() -> None:
 
 def test_the_last_token_needs_no_place_in_the_cache() -> None:
     assert len(list(decode(Fake(7, 7), PROMPT, 3))) == 3
-    with pytest.raises(QawareError, match="8 to read, and its cache holds 7.*larger cache_length"):
+    with pytest.raises(QawareError, match=r"8 to read, and its cache holds 7.*larger cache_length"):
         list(decode(Fake(7, 7), PROMPT, 4))
-    with pytest.raises(QawareError, match="it takes 7.*block_size"):
+    with pytest.raises(QawareError, match=r"it takes 7.*block_size"):
         list(decode(Fake(0, 7), PROMPT, 4))
 
 

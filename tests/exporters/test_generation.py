@@ -42,7 +42,7 @@ def lm(kind: str = "llama", **changes: Any) -> CausalLM:
 
 
 def in_steps(model: Any, ids: Tensor, spec: CacheSpec) -> tuple[Tensor, Tensor]:
-    """Logits by a fixed cache, dirty from another text, and by a growing one; the prompt first, then singly."""
+    """Logits by a fixed cache, dirty from another text, and by a growing one: the prompt, then each token."""
     fixed, grown = [], []
     held, past = [torch.full_like(t, 7.0) for t in spec.empty()], spec.empty(0)
     parts = [(0, 9), *((i, i + 1) for i in range(9, ids.shape[1]))]
@@ -74,14 +74,16 @@ def test_a_converted_model_keeps_its_cache() -> None:
     with torch.no_grad():
         fixed, grown = in_steps(model, ids, spec)
         # An activation on the edge between two integers may go to the other one.
-        assert (fixed - model(ids)).abs().mean() < 1e-3 and torch.equal(fixed, fixed)
+        assert (fixed - model(ids)).abs().mean() < 1e-3
+        assert torch.equal(fixed, fixed)
         assert (grown - model(ids)).abs().mean() < 1e-3
 
 
 def test_the_length_is_the_context_within_bounds() -> None:
     assert cache_of(lm(), SIGNATURE, 32) == CacheSpec(32, ((2, 8),) * 4)
     long = cache_of(lm(max_position_embeddings=4096), SIGNATURE)
-    assert long is not None and long.length == CAPPED
+    assert long is not None
+    assert long.length == CAPPED
     for length in (23, 65):
         with pytest.raises(QawareError, match=f"cache_length: {length} must be 24 .*to 64"):
             cache_of(lm(), SIGNATURE, length)
@@ -99,7 +101,8 @@ def test_models_without_one_say_why() -> None:
 def test_the_mode_of_the_module_stays() -> None:
     model = lm().train()
     cache_of(model, SIGNATURE)
-    assert model.training and model.model.training
+    assert model.training
+    assert model.model.training
 
 
 def test_a_runner_refuses_what_does_not_fit() -> None:
