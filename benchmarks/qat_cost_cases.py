@@ -39,6 +39,9 @@ class Size:
     rank: int = 8
 
 
+_TINY = Size(width=64, hidden=64, blocks=1, words=32, windows=1, tokens=8)
+
+
 class Step:
     """One training step: forward, backward, AdamW."""
 
@@ -101,9 +104,11 @@ def image_step(kind: str, size: Size) -> Step:
 
 
 def peak_bytes(kind: str, size: Size, steps: int = 3) -> int:
-    """Memory that this process has needed for ``steps`` of a :func:`language_step` beyond what it had;
-    Linux only."""
+    """Memory that this process has needed for ``steps`` of a :func:`language_step` beyond what its libraries
+    take, which a step of another size has loaded; Linux only."""
     torch.set_num_threads(1)
+    language_step(kind, _TINY)()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
     before = _status("VmRSS")
     step = language_step(kind, size)
     for _ in range(steps):

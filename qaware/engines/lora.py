@@ -6,7 +6,8 @@ gradient passed straight through to A and B. This is low-rank QAT (LR-QAT, Bonda
 2024, arXiv:2406.06385), here with peft's own layers and the grid read from W anew in every pass; a base
 weight that is trained too takes its grid along. At convert the same integers stay and the adapters go.
 
-A sum beyond the range of W's grid is clipped to it, and its gradient there is zero.
+A sum beyond the range of W's grid is clipped to it, and its gradient there is zero. Where W is frozen its
+gradient, as large as W, is not computed; see :mod:`qaware.engines.low_rank`.
 
 Imported only for a model with modules of peft.
 """
@@ -25,7 +26,8 @@ from torchao.quantization.qat import FakeQuantizedLinear
 
 from qaware.adapters import successor
 from qaware.engines.base import QuantizedModel
-from qaware.engines.weight_fake_quant import Float16FakeQuantizer
+from qaware.engines.low_rank import Factors, pass_to_factors
+from qaware.engines.weight_fake_quant import Float16FakeQuantizer, WeightFakeQuantizer
 from qaware.errors import QawareError
 from qaware.plan import Plan
 from qaware.sharded import set_class
@@ -43,6 +45,21 @@ class FakeQuantizedBase(FakeQuantizedLinear):
         if self.activation_fake_quantizer is not None:
             x = self.activation_fake_quantizer(x)
         return F.linear(x, self._rounded(_sum(self.weight, delta)), self.bias)
+
+    def through(self, x: Tensor, delta: Tensor, factors: list[Factors]) -> Tensor:
+        """``forward`` for a ``delta`` without a gradient, which ``factors``, of which it is the sum, get."""
+        if self.activation_fake_quantizer is not None:
+            x = self.activation_fake_quantizer(x)
+        summed = _sum(self.weight, delta)
+        rounded, clipped = self.weight_fake_quantizer.with_clipped(summed, self.weight)
+        return pass_to_factors(F.linear(x, rounded, self.bias), x, clipped, factors)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether neither the weight nor its grid trains, and its rounding is one that clips."""
+        quantizer: Any = self.weight_fake_quantizer
+        rounds = isinstance(quantizer, WeightFakeQuantizer) and not quantizer.scheme.is_stretched
+        return rounds and quantizer.learned is None and not self.weight.requires_grad
 
     def _rounded(self, weight: Tensor) -> Tensor:
         quantizer: Any = self.weight_fake_quantizer
@@ -68,16 +85,37 @@ class FakeQuantizedLora(lora.Linear):
             raise QawareError("adapter_names: one batch has one rounded weight; use set_adapter() instead")
         if self.training:
             _refuse_dropout("a LoRA layer", self)
+        factors = self._factors()
+        if (
+            factors
+            and self.base_layer.is_frozen
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            with torch.no_grad():
+                delta = self.delta()
+            passed: Tensor = self.base_layer.through(x, delta, factors)
+            return passed
         result: Tensor = self.base_layer(x, self.delta())
         return result
 
     def delta(self) -> Tensor | None:
         """What the active adapters add to the weight, (out_features, in_features); None for nothing."""
-        active = [] if self.disable_adapters else self.active_adapters
         # In the precision of the adapters under any autocast, so that training sees what convert merges.
         with torch.autocast(self.weight.device.type, enabled=False):
-            deltas = [self.get_delta_weight(name) for name in active if name in self.lora_A]
+            deltas = [self.get_delta_weight(name) for name in self._active()]
         return sum(deltas[1:], deltas[0]) if deltas else None
+
+    def _active(self) -> list[str]:
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
+
+    def _factors(self) -> list[Factors]:
+        """What :meth:`delta` is made of."""
+        found = [
+            Factors(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+            for name in self._active()
+        ]
+        return found if any(f.a.requires_grad or f.b.requires_grad for f in found) else []
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: the sum would become the weight and take the grid along."""

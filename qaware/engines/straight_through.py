@@ -20,23 +20,12 @@ class _Rounded(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, lowest: int, highest: int
     ) -> Tensor:
-        blocks = x.reshape(*scale.shape, -1) if scale.dim() else x
-        if scale.dim():
-            scale = scale.unsqueeze(-1)
-        steps = (blocks * (1.0 / scale)).round_()
-        if zero_point is not None:
-            zero_point = zero_point.to(x.dtype).view(scale.shape)
-            steps.add_(zero_point)
+        steps = _steps(x, scale, zero_point)
         if ctx.needs_input_grad[0]:
             # Half as wide as the weight, and more than it can hold is clipped anyway.
             ctx.save_for_backward(steps.to(torch.float16, copy=True))
             ctx.range = lowest, highest
-        rounded = steps.clamp_(lowest, highest).to(x.dtype)
-        if zero_point is not None:
-            rounded.sub_(zero_point)
-        rounded.mul_(scale)
-        # A view of a result that nobody else has may be changed in place by who asked for it.
-        return rounded if rounded.shape == x.shape else torch.ops.aten._unsafe_view(rounded, x.shape)
+        return _values(steps.clamp_(lowest, highest), x, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -44,6 +33,27 @@ class _Rounded(torch.autograd.Function):
         lowest, highest = ctx.range
         passed = pass_inside(grads[0], steps, lowest, highest)
         return passed, None, None, None, None
+
+
+def _steps(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The whole numbers that ``x`` is next to, with the zero point, (blocks, values of each)."""
+    blocks = x.reshape(*scale.shape, -1) if scale.dim() else x
+    steps = (blocks * (1.0 / _by_block(scale))).round_()
+    return steps if zero_point is None else steps.add_(_by_block(zero_point.to(x.dtype)))
+
+
+def _values(steps: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """What ``steps``, which is written over, are the integers of, in the shape and dtype of ``x``."""
+    values = steps.to(x.dtype)
+    if zero_point is not None:
+        values.sub_(_by_block(zero_point.to(x.dtype)))
+    values.mul_(_by_block(scale))
+    # A view of a result that nobody else has may be changed in place by who asked for it.
+    return values if values.shape == x.shape else torch.ops.aten._unsafe_view(values, x.shape)
+
+
+def _by_block(qparam: Tensor) -> Tensor:
+    return qparam.unsqueeze(-1) if qparam.dim() else qparam
 
 
 class _RoundedInRange(torch.autograd.Function):
@@ -70,6 +80,18 @@ def pass_inside(grad: Tensor, steps: Tensor, lowest: int, highest: int) -> Tenso
     inside = steps.view(grad.shape).float()
     gated = torch.ops.aten.hardtanh_backward(grad.float(), inside, lowest - 0.5, highest + 0.5)
     return gated.to(grad.dtype)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def round_clipped(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, lowest: int, highest: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`round_straight_through` without a gradient, and where there would be none: int64 indices into
+    the flat ``x``, increasing, of what is clipped."""
+    steps = _steps(x, scale, zero_point)
+    inside = steps.clamp(lowest, highest)
+    clipped = steps.ne_(inside).flatten().nonzero().squeeze(1)
+    return _values(inside, x, scale, zero_point), clipped
 
 
 def round_straight_through(

@@ -4,6 +4,7 @@ float16 storage, which torchao has none for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
 from torchao.quantization.quant_primitives import choose_qparams_affine
 
+from qaware.engines.frozen import Kept
 from qaware.engines.levels import fake_quantize, low_bit_scale, quantize, rounding_range, soften
+from qaware.engines.straight_through import round_clipped
 from qaware.scheme import Scheme
 
 # The reciprocal of a smaller scale is infinite in float16, and makes NaN of a row of zeros.
@@ -84,6 +87,7 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
         self.softness: Tensor | None = None
         """While the rounding is annealed, how much is left of what it takes away, a scalar; see
         :func:`qaware.engines.levels.soften`. A tensor: a compiled forward pass takes numbers for fixed."""
+        self._rounded, self._grid = Kept(), Kept()
         self.mark(scheme.bits)
 
     def forward(self, x: Tensor, grid: Tensor | None = None, unit: Tensor | None = None) -> Tensor:
@@ -92,11 +96,32 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
         by ``unit`` (rows, 1)."""
         if not self.enabled:
             return x + self.learned.idle().to(x.dtype) if self._waits() else x
-        scale, zero_point = self._qparams(x if grid is None else grid, unit)
-        # What is kept is copied with the model, which nothing in an autograd graph can be.
-        self.scale, self.zero_point = scale.detach(), zero_point.detach()
-        hard = fake_quantize(x, scale, zero_point, self.scheme, self.integers)
+        if grid is None and self.learned is None and self.softness is None:
+            values = self._rounded.of(x, (self.fixed,), lambda: self._hard(x, x, unit))
+            hard, self.scale, self.zero_point = values
+            return hard  # type: ignore[no-any-return]
+        hard, self.scale, self.zero_point = self._hard(x, x if grid is None else grid, unit)
         return hard if self.softness is None else soften(x, hard, self.scale, self.softness)
+
+    def with_clipped(self, x: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward`` of an ``x`` without a gradient, and which of its values are beyond the range of the
+        integers, int64 indices into the flat ``x``. Not for stretched levels."""
+        self.scale, self.zero_point = self._qparams(grid)
+        hard, clipped = round_clipped(x, self.scale, self._offset(), *self.integers)
+        return hard if self.softness is None else soften(x, hard, self.scale, self.softness), clipped
+
+    def _hard(self, x: Tensor, grid: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``x`` rounded, scale and zero point."""
+        scale, zero_point = self._qparams(grid, unit)
+        hard = fake_quantize(x, scale, zero_point, self.scheme, self.integers)
+        # What is kept is copied with the model, which nothing in an autograd graph can be.
+        return hard, scale.detach(), zero_point.detach()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> WeightFakeQuantizer:
+        self._rounded.clear()
+        self._grid.clear()
+        super()._apply(fn, recurse)
+        return self
 
     def to_integers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The integers that ship of ``x``, int8 (rows, width), on the grid of the last forward pass, and
@@ -113,7 +138,11 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
         if self.learned is not None:
             learned: tuple[Tensor, Tensor] = self.learned.qparams(x, self, unit)
             return learned
-        return self.chosen(x)
+        scale, zero_point = self._grid.of(x, (), lambda: self.chosen(x))
+        return scale, zero_point
+
+    def _offset(self) -> Tensor | None:
+        return None if self.scheme.symmetric else self.zero_point
 
     def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point (int32) that follow from ``x``, each (rows, width / block)."""

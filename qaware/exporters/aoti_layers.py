@@ -20,6 +20,7 @@ from qaware.exporters.packed_layers import (
     PackedEmbedding,
     PackedLinear,
     become_packed,
+    in_graph,
     integers_per_token,
     static_integers,
 )
@@ -125,17 +126,19 @@ def use_products(quantized: QuantizedModel) -> list[str]:
     Raises:
         QawareError: a scale does not fit its precision, or an embedding renormalizes its rows.
     """
+    if in_graph(quantized):
+        return []
     modules: dict[str, Any] = dict(quantized.module.named_modules())
     fit = {
         weight.data.data_ptr()
         for name, weight in quantized.weights.items()
-        if name in modules and _fits(modules[name], quantized.plan.layer(name), weight)
+        if _fits(modules[name], quantized.plan.layer(name), weight)
     }
     shared: dict[int, BlockedWeight] = {}
     found = []
     for name, weight in quantized.weights.items():
         key, decision = weight.data.data_ptr(), quantized.plan.layer(name)
-        if key not in fit or name not in modules or decision.type not in _CLASSES:
+        if key not in fit or decision.type not in _CLASSES:
             continue
         module = modules[name]
         if key not in shared:

@@ -119,17 +119,19 @@ _CLASSES = {
 
 def pack_layers(quantized: QuantizedModel) -> None:
     """Turn the integer layers of ``quantized.module`` into packed ones, in place, ties kept; those whose
-    activations are integers too, and those packed otherwise already, stay what they are.
+    activations are integers too, and those packed otherwise already, stay what they are, and so do those of
+    the graph engine, whose graph reads the weights itself.
 
     Raises:
         QawareError: a scale does not fit its precision, or an embedding renormalizes its rows.
     """
+    if in_graph(quantized):
+        return
     modules: dict[str, Any] = dict(quantized.module.named_modules())
     shared: dict[int, PackedWeight | nn.Parameter] = {}
     for name, weight in quantized.weights.items():
         decision, key = quantized.plan.layer(name), weight.data.data_ptr()
-        # A layer that is no module any more is part of a converted graph.
-        if name not in modules or _multiplies_integers(modules[name], decision):
+        if _multiplies_integers(modules[name], decision):
             continue
         if isinstance(modules[name], tuple(_CLASSES.values())):
             continue
@@ -141,6 +143,11 @@ def pack_layers(quantized: QuantizedModel) -> None:
             shared[key] = PackedWeight(weight)
         become_packed(modules[name], decision, quantized.activations.get(name), _CLASSES[decision.type])
         modules[name].packed = shared[key]
+
+
+def in_graph(quantized: QuantizedModel) -> bool:
+    """Whether the graph engine made it."""
+    return quantized.plan.layout is not None and quantized.plan.layout.engine == "graph"
 
 
 def _multiplies_integers(module: nn.Module, decision: Decision) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import qaware
 from qaware.engines.base import QuantizedModel
 from qaware.engines.static_integer import IntegerLayer
 from qaware.errors import QawareError
@@ -20,6 +21,7 @@ from qaware.exporters.artifact import Artifact
 from qaware.exporters.base import Runner
 from qaware.exporters.check import check
 from qaware.exporters.signature import Signature, TensorSpec
+from qaware.parity import compare
 from qaware.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -280,3 +282,25 @@ def test_a_largest_batch_of_16_stays_dynamic(tmp_path: Path) -> None:
     for batch in (1, 5, 16):
         difference = (run(images(batch)) - quantized.module(images(batch))).abs()
         assert float(difference.max()) <= 1.01 * quantized.outputs["fc"].scale
+
+
+@pytest.mark.parametrize("runtime", ["executorch", "aoti"])
+def test_graphs_are_exported_too(runtime: str, tmp_path: Path) -> None:
+    """What ``qaware.quantize`` makes for one of these runtimes alone."""
+    exporter = get_exporter(runtime)
+    if exporter.missing():
+        pytest.skip(str(exporter.missing()))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+    model.append(nn.Linear(8 * 16 * 16, 10))
+    quantized = qaware.quantize(model.eval(), "int8-static", [images(2)] * 4, runtimes=[runtime])
+    assert quantized.plan.layout is not None
+    assert quantized.plan.layout.engine == "graph"
+    artifact = exporter.export(quantized, (images(2),), SIGNATURE, tmp_path / f"graph{exporter.suffix}")
+    reference = SIGNATURE.wrap(exporter.reference(quantized)).eval()
+    inputs = [(images(1),), (images(3, 1),)]
+    run = exporter.open(artifact.path, SIGNATURE)
+    parity = compare(run, reference, inputs, quantized.outputs.values())
+    parity.require(runtime, exporter.tolerance_for(quantized.plan))
+    found = artifact.details["kernels"]["int8"] if runtime == "aoti" else None
+    assert sum(found.values()) == 2 if found else artifact.details["delegation"]["int8_layers"] == 2
