@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.contender import CNN, LM, OURS, Contender
+from benchmarks.contender import CNN, LM, OURS, Contender, runtime
 from benchmarks.inputs import PREFILL
 from benchmarks.rows import Row
 from benchmarks.timing import Ratio, Timing, speedup
@@ -184,7 +184,7 @@ def _own_floats() -> list[Target]:
 
 
 def _peers() -> list[Target]:
-    ours = tuple((name, LM, variant) for name in OURS for variant in QUANTIZED)
+    ours = tuple((name, LM, v) for name in OURS for v in QUANTIZED if v in runtime(name).variants[LM])
     return [
         Target("peers", f"best of ours against {peer} int4", ours, (peer, LM, "int4"), call, reach)
         for call, reach in (("decode", 1.0), ("prefill", 1.5))
