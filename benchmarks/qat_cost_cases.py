@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,11 @@ from qaware.vision.networks import CifarResNet
 
 GROUP = 32
 RECIPES = {"weight-only": "int4-weight-only", "int8-dynamic": "int8-dynamic-int4-weight"}
-LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTED = {
+    "lora": ("q_proj", "v_proj"),
+    "lora everywhere": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+"""The first is what peft takes for a Llama when it is not told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,10 @@ class Step:
 
 def language_step(kind: str, size: Size, compiled: bool = False) -> Step:
     """A step of a Llama: ``float``; ``weight-only`` or ``int8-dynamic`` by the shipped recipe, behind
-    ``torchao `` by torchao's own loop; ``lora`` for int8-dynamic with adapters in every block."""
+    ``torchao `` by torchao's own loop; one of ``ADAPTED`` for int8-dynamic with adapters there."""
     model: Any = _llama(size)
-    if kind == "lora":
-        model = _with_adapters(model, size.rank)
+    if kind in ADAPTED:
+        model = _with_adapters(model, ADAPTED[kind], size.rank)
         kind = "int8-dynamic"
     if kind.startswith("torchao "):
         _prepare_by_torchao(model, kind.removeprefix("torchao "))
@@ -141,10 +145,10 @@ def _llama(size: Size) -> nn.Module:
     return model
 
 
-def _with_adapters(model: nn.Module, rank: int) -> nn.Module:
+def _with_adapters(model: nn.Module, layers: Sequence[str], rank: int) -> nn.Module:
     import peft
 
-    config = peft.LoraConfig(r=rank, target_modules=list(LAYERS), task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=rank, target_modules=list(layers), task_type="CAUSAL_LM")
     adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
     return adapted
 

@@ -24,6 +24,8 @@ _WARNED = (
     r".*LeafSpec.* is deprecated.*",
     # ExecuTorch's own kernels, traced, in a word that torch 2.13 announces to be deprecated.
     r".*_check_is_size.*",
+    # The gradient of adapters where weights are clipped.
+    r"Sparse CSR tensor support is in beta",
     # A cache has no contents before the first token.
     r"Mutation on a buffer in the model is detected",
     # Inductor's lowering of integer linear layers, about a line of its own.

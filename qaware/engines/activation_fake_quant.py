@@ -14,7 +14,7 @@ from torchao.quantization.quant_primitives import (
     choose_qparams_affine_with_min_max,
 )
 
-from qaware.engines.straight_through import round_straight_through
+from qaware.engines.straight_through import is_one_pass, round_rectified, round_straight_through
 from qaware.errors import QawareError
 from qaware.observers import KINDS
 from qaware.scheme import Scheme
@@ -60,10 +60,31 @@ class StaticFakeQuantizer(nn.Module):
         self.enabled = True
         self.observer = KINDS[observer]()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as ``x``; unchanged until a range was observed."""
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """Same shape and dtype as ``x``; unchanged until a range was observed. With ``relu`` that of
+        ``relu(x)``."""
+        if relu and self._is_one_pass(x):
+            return self._rectified(x)
+        x = torch.relu(x) if relu else x
         self.observer(x)
         return self.rounded(x)
+
+    def _is_one_pass(self, x: Tensor) -> bool:
+        # Where nothing trains, somebody may look at what enters the observer.
+        trains = self.enabled and torch.is_grad_enabled()
+        return trains and is_one_pass(x) and self.observer.passes == 1
+
+    def _rectified(self, x: Tensor) -> Tensor:
+        if self.observer.observing and x.numel():
+            # All that an observer of one pass looks at.
+            self.observer(torch.stack(torch.aminmax(x.detach())).relu())
+        if not self.observer.seen:
+            return torch.relu(x)
+        scale, zero_point = self.qparams()
+        lowest, highest = INT8
+        if int(zero_point) != lowest:  # a range from elsewhere
+            return self.rounded(torch.relu(x))
+        return round_rectified(x, scale, highest - lowest)
 
     def rounded(self, x: Tensor) -> Tensor:
         """``forward`` without a look at ``x``."""

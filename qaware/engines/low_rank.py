@@ -15,6 +15,7 @@ from torch import Tensor
 
 _SPARSE = 0.05
 """With a larger share of clipped places the dense product takes less time than that of chosen places."""
+_TOKENS = 128
 
 
 class Factors(NamedTuple):
@@ -28,7 +29,7 @@ class Factors(NamedTuple):
 
 
 def pass_to_factors(y: Tensor, x: Tensor, clipped: Tensor, factors: list[Factors]) -> Tensor:
-    """``y``, whose gradient goes to ``factors`` too.
+    """``y``, which nobody may use any more, with a gradient that goes to ``factors`` too.
 
     Args:
         y: (..., rows), the product of ``x`` and a rounded weight that gets no gradient.
@@ -37,7 +38,7 @@ def pass_to_factors(y: Tensor, x: Tensor, clipped: Tensor, factors: list[Factors
         factors: of the weight.
 
     Returns:
-        ``y`` itself.
+        The values and the memory of ``y``.
     """
     # Under autocast the product has made such a copy of x for itself, and does not keep it.
     tensors = [tensor for factor in factors for tensor in (factor.a, factor.b)]
@@ -51,16 +52,17 @@ class _Passed(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, clipped: Tensor, scales: list[float], *tensors: Tensor
     ) -> Tensor:
-        ctx.mark_dirty(y)
         ctx.scales = scales
         ctx.save_for_backward(x, clipped, *tensors)
-        return y
+        # Its memory, but no view of it: who asked for a product may change it in place.
+        unseen: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+        return unseen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         x, clipped, *tensors = ctx.saved_tensors
-        grad, x = grads[0].flatten(0, -2), x.flatten(0, -2)
+        grad, x = grads[0].reshape(-1, grads[0].shape[-1]), x.reshape(-1, x.shape[-1])
         gone = _at(clipped, grad, x)
         found: list[Tensor | None] = []
         for a, b, scale in zip(tensors[::2], tensors[1::2], ctx.scales, strict=True):
@@ -84,12 +86,17 @@ def _at(clipped: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     rows, width = grad.shape[1], x.shape[1]
     if len(clipped) > _SPARSE * rows * width:
         return (grad.t() @ x).flatten().index_fill_(0, clipped, 0).view(rows, width)
-    starts = torch.arange(rows + 1, device=x.device) * width
-    places = torch.sparse_csr_tensor(
-        torch.searchsorted(clipped, starts),
-        clipped % width,
-        torch.zeros(len(clipped), device=x.device),
-        (rows, width),
-        check_invariants=False,
-    )
-    return torch.sparse.sampled_addmm(places, grad.t().float(), x.float(), beta=0.0)
+    found = _nothing_at(clipped, rows, width)
+    # In parts that stay, with the transposed copies that are made of them, in a processor's cache.
+    size = _TOKENS if x.is_cpu else max(len(x), 1)
+    for some_grad, some_x in zip(grad.split(size), x.split(size), strict=True):
+        found = torch.sparse.sampled_addmm(found, some_grad.t().float(), some_x.float())
+    return found
+
+
+def _nothing_at(places: Tensor, rows: int, width: int) -> Tensor:
+    """A sparse matrix of zeros, float32 (rows, width), that has the ``places``."""
+    starts = torch.arange(rows + 1, device=places.device) * width
+    zeros = torch.zeros(len(places), device=places.device)
+    at = torch.searchsorted(places, starts), places % width
+    return torch.sparse_csr_tensor(*at, zeros, (rows, width), check_invariants=False)

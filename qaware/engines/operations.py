@@ -16,16 +16,19 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from qaware.engines.activation_fake_quant import StaticFakeQuantizer
 from qaware.layout import OperationSite
 
 _KINDS: dict[Any, str] = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__), "add"),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "cat"),
 }
+_RELUS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu)
 _CHILD = "qaware_operations"
 _WATCHERS = ("operation", "__torch_function__")
 """Between the model's code and the question where it is."""
@@ -64,6 +67,31 @@ def activate(x: Tensor, relu: bool, ceiling: float | None) -> Tensor:
     return torch.relu(x) if ceiling is None else torch.clamp(x, 0.0, ceiling)
 
 
+def activate_and_round(x: Tensor, relu: bool, ceiling: float | None, quantizer: nn.Module | None) -> Tensor:
+    """:func:`activate`, then ``quantizer``; a ReLU without an end is left to one that rounds in training."""
+    if relu and ceiling is None and isinstance(quantizer, StaticFakeQuantizer):
+        rounded: Tensor = quantizer(x, relu=True)
+        return rounded
+    x = activate(x, relu, ceiling)
+    return x if quantizer is None else quantizer(x)
+
+
+def note_rectified(x: Tensor) -> Tensor:
+    """``x``, with a note that it is not negative: the model's own ReLU, which follows, has nothing to do.
+
+    Its gradient would be 0 where ``x`` was rounded to 0, too. Left out, the gradient is that of one ReLU, the
+    one before the rounding, as where PyTorch's quantization-aware training fuses one.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        x.rectified = x._version  # type: ignore[attr-defined]
+    return x
+
+
+def _is_rectified(x: Any) -> bool:
+    noted: int | None = getattr(x, "rectified", None)
+    return noted is not None and noted == x._version
+
+
 class Operation(nn.Module):
     """What happens to one result: an activation function, then rounding."""
 
@@ -74,8 +102,8 @@ class Operation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as ``x``."""
-        rounded: Tensor = self.quantizer(activate(x, self.site.relu, self.site.ceiling))
-        return rounded
+        rounded = activate_and_round(x, self.site.relu, self.site.ceiling, self.quantizer)
+        return note_rectified(rounded) if self.site.relu else rounded
 
 
 class Scoped(nn.Module):
@@ -140,7 +168,11 @@ def _scope(owner: nn.Module) -> AbstractContextManager[None]:
 
 def unwatched() -> AbstractContextManager[None]:
     """Functions called from here on are an engine's own, not the model's."""
-    return _frame(_Frame(None)) if getattr(_running, "stack", []) else nullcontext()
+    if not getattr(_running, "stack", []):
+        return nullcontext()
+    if torch.compiler.is_compiling():
+        return _frame(_Frame(None))
+    return torch._C.DisableTorchFunction()  # a call of Python less for each of them
 
 
 class _Frame:
@@ -188,6 +220,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for every function of torch."""
         kwargs = kwargs or {}
+        if func in _RELUS and args and _is_rectified(args[0]):
+            return args[0]
         kind = kind_of(func, (args, kwargs))
         operation = None if kind is None else _running.stack[-1].operation(kind)
         if operation is None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaware.engines.activation_fake_quant import StaticFakeQuantizer
-from qaware.engines.operations import activate, unwatched
+from qaware.engines.operations import activate_and_round, note_rectified, unwatched
 from qaware.engines.weight_fake_quant import WeightFakeQuantizer
 from qaware.layout import LayerSite
 from qaware.scheme import Scheme
@@ -56,10 +56,8 @@ class FakeQuantizedLayer(nn.Module):
         """As of the float layer with its batch norm and ReLU; the product is a float32 one."""
         with unwatched():
             y = self._compute(self._enter(x))
-            y = activate(y, self.relu, self.ceiling)
-            if self.output_fake_quantizer is not None:
-                y = self.output_fake_quantizer(y)
-            return y.to(x.dtype)
+            y = activate_and_round(y, self.relu, self.ceiling, self.output_fake_quantizer).to(x.dtype)
+            return note_rectified(y) if self.relu else y
 
     def _enter(self, x: Tensor) -> Tensor:
         y = x.float()

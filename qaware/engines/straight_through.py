@@ -9,6 +9,7 @@ which moves its last bit.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,17 +62,17 @@ class _RoundedInRange(torch.autograd.Function):
     before it keeps anyway."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lowest: int, highest: int, least: float) -> Tensor:
         if ctx.needs_input_grad[0]:
             step = float(scale)
-            ctx.range = (lowest - 0.5) * step, (highest + 0.5) * step
+            ctx.range = max((lowest - 0.5) * step, least), (highest + 0.5) * step
             ctx.save_for_backward(x)
         return (x * (1.0 / scale)).round_().clamp_(lowest, highest).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.range), None, None, None
+        return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.range), None, None, None, None
 
 
 def pass_inside(grad: Tensor, steps: Tensor, lowest: int, highest: int) -> Tensor:
@@ -110,9 +111,21 @@ def round_straight_through(
     Returns:
         The shape and dtype of ``x``.
     """
-    if not scale.dim() and x.dtype == torch.float32 and x.is_cpu and not torch.compiler.is_compiling():
+    if not scale.dim() and is_one_pass(x):
         zero = 0 if zero_point is None else int(zero_point)
-        in_range: Tensor = _RoundedInRange.apply(x, scale, lowest - zero, highest - zero)
+        in_range: Tensor = _RoundedInRange.apply(x, scale, lowest - zero, highest - zero, -math.inf)
         return in_range
     rounded: Tensor = _Rounded.apply(x, scale, zero_point, lowest, highest)
+    return rounded
+
+
+def is_one_pass(x: Tensor) -> bool:
+    """Whether ``x`` is rounded to one scale by a function of its own, in float32 on a CPU."""
+    return x.dtype == torch.float32 and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def round_rectified(x: Tensor, scale: Tensor, highest: int) -> Tensor:
+    """:func:`round_straight_through` of ``relu(x)`` to the integers from 0 to ``highest`` of one ``scale``:
+    who rounds to them has made negative values 0 already. For an ``x`` with :func:`is_one_pass`."""
+    rounded: Tensor = _RoundedInRange.apply(x, scale, 0, highest, 0.0)
     return rounded

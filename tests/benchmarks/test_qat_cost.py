@@ -75,7 +75,12 @@ def test_ours_and_torchaos_loop_round_the_same_layers(kind: str) -> None:
 
 def test_every_kind_trains() -> None:
     pytest.importorskip("peft")
-    for step in (language_step("lora", TINY), image_step("int8-static", TINY), image_step("float", TINY)):
+    for step in (
+        language_step("lora", TINY),
+        language_step("lora everywhere", TINY),
+        image_step("int8-static", TINY),
+        image_step("float", TINY),
+    ):
         losses = [step() for _ in range(2)]
         assert all(torch.tensor(losses).isfinite())
 

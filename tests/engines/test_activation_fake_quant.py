@@ -93,6 +93,32 @@ def test_before_anything_was_observed_it_is_the_identity_and_has_no_range() -> N
         quantizer.qparams()
 
 
+@pytest.mark.parametrize("observer", ["minmax", "moving-average", "histogram"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_relu_in_the_rounding_is_one_before_it(observer: str, dtype: torch.dtype) -> None:
+    ours, theirs = StaticFakeQuantizer(observer), StaticFakeQuantizer(observer)
+    for quantizer in (ours, theirs):
+        quantizer.observer.observing = True
+    batches = [rows(seed=seed).to(dtype) * (seed + 1) for seed in range(3)]
+    batches += [-batches[0].abs(), batches[1] * torch.inf, batches[0] * torch.nan, batches[0] * 10]
+    for batch in batches:
+        x, same = (batch.clone().requires_grad_() for _ in range(2))
+        found, expected = ours(x, relu=True), theirs(torch.relu(same))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        found.sum().backward()
+        expected.sum().backward()
+        finite = batch.isfinite()
+        assert torch.equal(x.grad[finite], same.grad[finite])
+        assert str(ours.observer.state_dict()) == str(theirs.observer.state_dict())
+    assert bool((same.grad[batch > 0] == 0).any()) is (observer == "moving-average")  # some is clipped
+
+
+def test_a_relu_in_the_rounding_with_a_range_that_goes_below_zero() -> None:
+    quantizer, x = observed(-1.0, 3.0), rows().requires_grad_()
+    assert torch.equal(quantizer(x, relu=True), quantizer(torch.relu(x)))
+    assert bool((quantizer(x, relu=True) >= 0).all())
+
+
 def test_a_static_range_keeps_the_dtype() -> None:
     quantizer = observed(-1.0, 1.0)
     assert quantizer(rows().bfloat16()).dtype == torch.bfloat16

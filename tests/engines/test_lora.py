@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaware.engines.base import QuantizedModel
-from qaware.engines.fake_quant import set_fake_quant
+from qaware.engines.fake_quant import set_fake_quant, set_softness
 from qaware.engines.modules import ModulesEngine
 from qaware.errors import QawareError
 from qaware.observers import observers
@@ -242,6 +242,67 @@ def test_an_adapted_head_leaves_the_embedding_that_it_is_tied_to(
         weight = quantized.weights["embed"]
         assert bool(((weight.dequantize() - before).abs() <= weight.scale * 0.5001).all())
     torch.testing.assert_close(run(quantized.module), run(model), rtol=1e-4, atol=1e-4)
+
+
+def dense(layer: Any, x: Tensor) -> Tensor:
+    """The layer with the whole gradient of the sum that it rounds."""
+    result: Tensor = layer.base_layer(x, layer.delta())
+    return result
+
+
+@pytest.mark.parametrize("size", [0.02, 1.0])  # few values clipped, and many
+@pytest.mark.parametrize("scheme", [INT4, Scheme(4, 16, symmetric=False), Scheme(8), Scheme(2, 16, "none")])
+def test_gradients_are_those_of_the_dense_sum(scheme: Scheme, size: float) -> None:
+    model = adapted()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["up"]))
+    enlarge(model)
+    model.base_model.set_adapter(["default", "second"])
+    prepare(model, Rule(scheme, type="Linear"))
+    layer = model.base_model.model.up
+    with torch.no_grad():
+        for parameter in layer.lora_B.parameters():
+            parameter.mul_(size)
+    trained = [p for n, p in layer.named_parameters() if "lora" in n]
+    found = []
+    for run_layer in (layer, lambda x: dense(layer, x)):
+        x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = run_layer(x)
+        found.append((y, *torch.autograd.grad(y.pow(2).sum(), [x, *trained])))
+    assert "Passed" in type(layer(x).grad_fn).__name__
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    for ours, theirs in zip(found[0][2:], found[1][2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_gradients_under_autocast_and_while_the_rounding_is_annealed() -> None:
+    model = adapted("up")
+    prepare(model)
+    layer = model.base_model.model.up
+    x = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+    for softness in (0.0, 0.5):
+        set_softness(model, softness)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = layer(x), dense(layer, x)
+        assert torch.equal(ours, theirs)
+        assert "Passed" in type(ours.grad_fn).__name__
+        trained = [p for n, p in layer.named_parameters() if "lora" in n]
+        for a, b in zip(
+            *(torch.autograd.grad(y.float().sum(), trained) for y in (ours, theirs)), strict=True
+        ):
+            assert a.dtype == torch.float32
+            assert float((a - b).norm() / b.norm()) < 0.02
+
+
+def test_a_frozen_weight_gives_no_gradient_of_its_size_to_anybody() -> None:
+    model = adapted("up")
+    prepare(model)
+    layer = model.base_model.model.up
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(2, WIDTH, requires_grad=True))
+    size = layer.base_layer.weight.numel()
+    assert [t.numel() for t in kept if t.numel() >= size] == [size]  # what is rounded, for the gradient of x
 
 
 def test_disabled_adapters_mean_the_weight_alone() -> None:

@@ -2,12 +2,22 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qaware.engines.operations import Operation, add_operation, add_scope, operations, remove_scope, unwatched
+from qaware.engines.operations import (
+    Operation,
+    add_operation,
+    add_scope,
+    note_rectified,
+    operations,
+    remove_scope,
+    unwatched,
+)
 from qaware.layout import OperationSite
 
 
@@ -92,6 +102,46 @@ def test_a_relu_comes_before_the_rounding() -> None:
     model = Adds()
     add_operation(model, OperationSite("", "cat", 0, relu=True), Tenfold())
     assert float(model(-X - 1).max()) == 0
+
+
+class Rectifies(nn.Module):
+    """A ReLU that was fused to what comes before it, in the ways that a model has for it."""
+
+    relu: Any = F.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return type(self).relu(note_rectified(x * 1))
+
+
+@pytest.mark.parametrize(
+    "relu", [F.relu, torch.relu, torch.relu_, Tensor.relu, nn.ReLU(), nn.ReLU(inplace=True)]
+)
+def test_a_second_relu_is_left_out(relu: Any) -> None:
+    model = Rectifies()
+    Rectifies.relu = staticmethod(relu)
+    x = torch.tensor([0.0, 2.0], requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0]
+    x.grad = None
+    add_scope(model)
+    assert torch.equal(model(x), x)
+    model(x).sum().backward()
+    assert x.grad.tolist() == [1.0, 1.0]
+
+
+class Subtracts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = note_rectified(x * 1)
+        y -= 1
+        return torch.relu(y)
+
+
+def test_a_relu_after_something_else_stays() -> None:
+    model = Subtracts()
+    add_scope(model)
+    assert model(torch.tensor([0.5, 3.0])).tolist() == [0.0, 2.0]
+    with torch.inference_mode():
+        assert model(torch.tensor([0.5, 3.0])).tolist() == [0.0, 2.0]
 
 
 def test_names_copies_and_pickles() -> None:
