@@ -38,6 +38,9 @@ class IsolatedRunner:
         RuntimeDiedError: the runtime's process ended; the message has the signal and its last words.
     """
 
+    elsewhere = True
+    """It computes in another process; see :func:`qaware.metrics.collect.computes_elsewhere`."""
+
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         # Digest checked here, by the parent, before any native code is loaded.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qaware.errors import QawareError
-from qaware.metrics.collect import Gather, Record, Shard, add_up, record, run
+from qaware.metrics.collect import Gather, Record, Shard, add_up, computes_elsewhere, record, run
 from qaware.metrics.hub import compute_extra, load_extra
 from qaware.metrics.score import Score
 from qaware.metrics.windows import data_hash, describe
@@ -49,10 +49,10 @@ def score_classification(
     _check(inputs, labels)
     metrics = load_extra(extra)
 
-    def one(index: int) -> Record:
+    def one(index: int) -> Callable[[], Record]:
         return _score_batch(predict, reference, inputs[index], labels[index], index, keep=bool(metrics))
 
-    records = shard.collect(one, len(inputs), on_batch)
+    records = shard.collect(one, len(inputs), on_batch, computes_elsewhere(predict))
     predictions = list(chain.from_iterable(item.predictions for item in records))
     targets = list(chain.from_iterable(item.tolist() for item in labels))
     values = compute_extra(metrics, predictions, targets) if metrics else {}
@@ -69,15 +69,20 @@ def _score_batch(
     index: int,
     *,
     keep: bool,
-) -> Record:
+) -> Callable[[], Record]:
+    """Run a batch; what measures its logits."""
     targets = labels.long()
     logits, other, seconds = run(f"batch {index}", predict, reference, batch, (len(targets),), targets)
-    item = record(index, logits, targets, other, seconds, whole=False, keep=keep)
-    if other is None:
-        return item
-    signal = other.detach().cpu().double()
-    noise = signal - logits.detach().cpu().double()
-    return dataclasses.replace(item, signal=_energy(signal), noise=_energy(noise))
+
+    def measured() -> Record:
+        item = record(index, logits, targets, other, seconds, whole=False, keep=keep)
+        if other is None:
+            return item
+        signal = other.detach().cpu().double()
+        noise = signal - logits.detach().cpu().double()
+        return dataclasses.replace(item, signal=_energy(signal), noise=_energy(noise))
+
+    return measured
 
 
 def _energy(values: Tensor) -> float:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -71,25 +73,36 @@ class Shard:
             )
 
     def collect(
-        self, one: Callable[[int], Record], total: int, on_unit: Callable[[], None] | None
+        self,
+        one: Callable[[int], Callable[[], Record]],
+        total: int,
+        on_unit: Callable[[], None] | None,
+        beside: bool = False,
     ) -> list[Record]:
-        """Measure this rank's units with ``one(index)``; all ranks' records, one for each index below total.
+        """Measure this rank's units; all ranks' records, one for each index below total.
 
         A unit that fails on one rank fails on every rank. Otherwise the others would wait for it in gather.
+
+        Args:
+            one: runs a unit and returns what measures its logits.
+            total: number of units.
+            on_unit: called after each.
+            beside: measure a unit while the next one runs, which pays where another process runs it.
         """
         done: list[Record | _Failure] = []
         mine: Exception | None = None
-        for index in range(self.rank, total, self.world):
-            try:
-                done.append(one(index))
+        units = range(self.rank, total, self.world)
+        try:
+            for found in _one_behind(one, units) if beside else (one(index)() for index in units):
+                done.append(found)
                 if on_unit is not None:
                     on_unit()
-            except Exception as error:
-                if self.world == 1:
-                    raise
-                mine = error
-                done.append(_Failure(index, f"rank {self.rank}: {type(error).__name__}: {error}"))
-                break
+        except Exception as error:
+            if self.world == 1:
+                raise
+            mine = error
+            index = units[len(done)]
+            done.append(_Failure(index, f"rank {self.rank}: {type(error).__name__}: {error}"))
         everyone = self._gather(done)
         if mine is not None:
             raise mine
@@ -103,6 +116,27 @@ class Shard:
         parts: list[Any] = [None] * self.world
         dist.all_gather_object(parts, items)
         return list(chain.from_iterable(parts))
+
+
+def _one_behind(one: Callable[[int], Callable[[], Record]], units: Iterable[int]) -> Iterator[Record]:
+    """The records of ``units``, each measured in a thread while the next unit runs."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future[Record]] = deque()
+        for index in units:
+            try:
+                waiting.append(pool.submit(one(index)))
+            except Exception:
+                # An earlier unit that fails is the one to be told of.
+                yield from (future.result() for future in waiting)
+                raise
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+
+
+def computes_elsewhere(predict: Callable[..., Any]) -> bool:
+    """Whether a model runs in a process of its own, so that this one has time while it runs."""
+    return bool(getattr(predict, "elsewhere", False))
 
 
 def run(

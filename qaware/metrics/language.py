@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from qaware.metrics.collect import Gather, Record, Shard, add_up, record, run
+from qaware.metrics.collect import Gather, Record, Shard, add_up, computes_elsewhere, record, run
 from qaware.metrics.hub import compute_extra, load_extra
 from qaware.metrics.nats import perplexity
 from qaware.metrics.score import Score
@@ -47,10 +48,10 @@ def score_language(
     shard = Shard(rank, world, gather)
     metrics = load_extra(extra)  # before the model runs: a misspelled name must not cost an hour
 
-    def one(index: int) -> Record:
+    def one(index: int) -> Callable[[], Record]:
         return _score_window(predict, reference, windows, index, keep=bool(metrics))
 
-    records = shard.collect(one, len(windows.ids), on_window)
+    records = shard.collect(one, len(windows.ids), on_window, computes_elsewhere(predict))
     predictions = [token for item in records for token in item.predictions]
     values = compute_extra(metrics, predictions, _targets(windows)) if metrics else {}
     score = add_up(records, windows.protocol(), values)
@@ -63,14 +64,16 @@ def score_language(
 
 def _score_window(
     predict: Predict, reference: Predict | None, windows: Windows, index: int, *, keep: bool
-) -> Record:
+) -> Callable[[], Record]:
+    """Run a window; what measures its logits."""
     ids, first = windows.ids[index], windows.first[index]
     targets, rows = ids[first:], slice(first - 1, len(ids) - 1)
     logits, other, seconds = run(
         f"window {index}", predict, reference, (ids.unsqueeze(0),), (1, len(ids)), targets
     )
     float_rows = None if other is None else other[0, rows]
-    return record(index, logits[0, rows], targets, float_rows, seconds, whole=True, keep=keep)
+    measured = (index, logits[0, rows], targets, float_rows, seconds)
+    return functools.partial(record, *measured, whole=True, keep=keep)
 
 
 def _targets(windows: Windows) -> list[int]:

@@ -274,3 +274,27 @@ def test_two_models_pair_up():
     difference, width = paired(a, b)
     assert difference == pytest.approx(a.nats - b.nats, abs=1e-12)
     assert 0 < width < 1
+
+
+class Elsewhere:
+    """A model as a runner is one: its logits are measured while the next window runs."""
+
+    elsewhere = True
+
+    def __init__(self, predict, broken=None):
+        self.predict, self.broken, self.calls = predict, broken, 0
+
+    def __call__(self, ids):
+        self.calls += 1
+        logits = self.predict(ids)
+        return logits * float("nan") if self.calls - 1 == self.broken else logits
+
+
+def test_a_runner_gets_the_same_score_and_the_same_error():
+    text, seen, predict = random_windows(6), [], bigram(0)
+    found = score_language(Elsewhere(predict), text, on_window=lambda: seen.append(1))
+    assert exactly(found) == exactly(score_language(predict, text))
+    assert len(seen) == 6
+    for broken in (0, 3, 5):
+        with pytest.raises(QawareError, match=f"window {broken}: .* are NaN"):
+            score_language(Elsewhere(predict, broken), text)
