@@ -24,6 +24,7 @@ from qaware.errors import QawareError
 from qaware.exporters import get_exporters
 from qaware.exporters.check import require_legal
 from qaware.metrics.hub import load_extra
+from qaware.parity_levels import DEFAULT, require_level
 from qaware.pipeline import Pipeline, QuantizationResult, predictor, save_plan
 from qaware.plan import Plan
 from qaware.recipe import Recipe
@@ -51,6 +52,7 @@ class QuantizationCallback(Callback):
         metrics: Sequence[str] = (),
         on_failure: str = "raise",
         engine: str = "auto",
+        parity: str = DEFAULT,
     ) -> None:
         """
         Args:
@@ -67,6 +69,8 @@ class QuantizationCallback(Callback):
             on_failure: ``raise`` when an artifact fails parity or its runtime dies (after everything
                 else is done and written), or ``warn``.
             engine: ``auto`` chooses by recipe and runtimes and says so; see :mod:`qaware.engines.choose`.
+            parity: how close an artifact must be to the converted model: ``default``, as the runtime's own
+                tolerance says, or a level of :mod:`qaware.parity_levels`.
         """
         if on_failure not in ("raise", "warn"):
             raise QawareError(f"on_failure: {on_failure!r} is not one of raise, warn")
@@ -85,6 +89,7 @@ class QuantizationCallback(Callback):
         self.metrics = tuple(metrics)
         self.on_failure = on_failure
         self.engine = engine
+        self.parity = require_level(parity)
         self.result: QuantizationResult | None = None
         """What came of it, once the Trainer is done."""
         self.label = f"{self.recipe.name} {self.method}"
@@ -164,6 +169,7 @@ class QuantizationCallback(Callback):
             progress=trainer_progress(trainer),
             rank=trainer.global_rank,
             world=trainer.world_size,
+            parity=self.parity,
         )
 
     def _carried(self, trainer: pl.Trainer, folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from qaware.callbacks.strategies import refuse_flat
 from qaware.engines.base import float_bytes
 from qaware.engines.choose import engine_for
 from qaware.errors import QawareError
+from qaware.parity_levels import DEFAULT
 from qaware.pipeline import Pipeline
 from qaware.plan import Plan
 from qaware.recipe import Recipe
@@ -54,6 +55,7 @@ class PostTrainingQuantization(QuantizationCallback):
         engine: str = "auto",
         calibration: Any = None,
         calibration_batches: int | None = None,
+        parity: str = DEFAULT,
     ) -> None:
         """
         Args:
@@ -73,9 +75,11 @@ class PostTrainingQuantization(QuantizationCallback):
                 processes every one takes the whole loader, and observes its share of the batches.
             calibration_batches: how many batches are observed, by all processes together; an error where the
                 data has fewer. None: up to 32.
+            parity: how close an artifact must be to the converted model: ``default``, or a level of
+                :mod:`qaware.parity_levels`.
         """
         super().__init__(
-            recipe, target, export, output_dir, score, score_batches, metrics, on_failure, engine
+            recipe, target, export, output_dir, score, score_batches, metrics, on_failure, engine, parity
         )
         if calibration_batches is not None and calibration_batches < 1:
             raise QawareError(f"calibration_batches: {calibration_batches} must be at least 1")

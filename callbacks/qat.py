@@ -28,6 +28,7 @@ from qaware.engines.base import float_bytes
 from qaware.engines.fake_quant import is_rounding, set_fake_quant, set_softness
 from qaware.exporters.check import require_legal
 from qaware.observers import all_reduce
+from qaware.parity_levels import DEFAULT
 from qaware.plan import Plan
 from qaware.recipe import Recipe
 from qaware.tasks import Task
@@ -64,6 +65,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         convert: bool = True,
         distillation: float = 0.0,
         anneal_steps: int = 0,
+        parity: str = DEFAULT,
     ) -> None:
         """
         Args:
@@ -87,9 +89,11 @@ class QuantizationAwareTraining(QuantizationCallback):
                 model of ``start_step``, instead of your own loss.
             anneal_steps: optimizer steps from ``start_step`` in which the rounding hardens little by little
                 (PARQ, Jin et al. 2025, arXiv:2503.15748); what is converted is always rounded.
+            parity: how close an artifact must be to the converted model: ``default``, or a level of
+                :mod:`qaware.parity_levels`.
         """
         super().__init__(
-            recipe, target, export, output_dir, score, score_batches, metrics, on_failure, engine
+            recipe, target, export, output_dir, score, score_batches, metrics, on_failure, engine, parity
         )
         self.schedule = Schedule(start_step, anneal_steps, freeze_observers_step, freeze_batch_norm_step)
         self.start_step = start_step

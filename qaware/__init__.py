@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from qaware.layers import LayerReport, layer_report
     from qaware.mixed.api import search, sensitivity
     from qaware.plan import Decision, Plan
-    from qaware.recipe import Recipe, Rule, recipe_names
+    from qaware.recipe import Recipe, Rule
+    from qaware.rounding_plugins import register_rounding
     from qaware.scheme import Scheme
+    from qaware.shipped import recipe_names
     from qaware.storage import load_quantized
 
 from qaware import quiet
@@ -55,7 +57,8 @@ _HOME = {
     "open_artifact": "qaware.exporters.isolated",
     "prepare": "qaware.callbacks.prepared",
     "quantize": "qaware.api",
-    "recipe_names": "qaware.recipe",
+    "recipe_names": "qaware.shipped",
+    "register_rounding": "qaware.rounding_plugins",
     "search": "qaware.mixed.api",
     "sensitivity": "qaware.mixed.api",
 }
@@ -82,6 +85,7 @@ __all__ = [
     "prepare",
     "quantize",
     "recipe_names",
+    "register_rounding",
     "search",
     "sensitivity",
 ]

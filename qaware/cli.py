@@ -66,7 +66,7 @@ def make_parser() -> ArgumentParser:
     _add_generate(generate)
     commands.add_subcommand("generate", generate, help="continue a prompt with an artifact")
     recipes = _parser("List the named recipes, or print one as YAML.")
-    recipes.add_argument("name", type=str, nargs="?", help="a recipe")
+    recipes.add_argument("name", type=str, nargs="?", help="a recipe; also a file, or torchchat's JSON")
     commands.add_subcommand("recipes", recipes, help="list the named recipes")
     overlay = _parser("List the overlays for LightningCLI, or print one: qaware overlay qat > qat.yaml")
     overlay.add_argument("name", type=str, nargs="?", help="an overlay")
@@ -111,7 +111,9 @@ def _add_generate(parser: ArgumentParser) -> None:
 
 
 def _add_sensitivity(parser: ArgumentParser) -> None:
-    parser.add_argument("--recipe", type=str, help="default: the first of the experiment")
+    parser.add_argument(
+        "--recipe", type=str, help="name, file or torchchat's JSON; default: the experiment's first"
+    )
     parser.add_argument(
         "--method", type=str, default="exact", help="exact (measured), estimate (from gradients) or both"
     )

@@ -50,10 +50,13 @@ def check(options: Namespace) -> int:
     """Print the fate of every parameter."""
     from qaware.config import load_config
     from qaware.experiment import build_model, check_plans, read_experiment
+    from qaware.hardware import hardware_notes
 
     experiment = read_experiment(load_config(options.config, options.trust or []))
     for plan in check_plans(experiment, build_model(experiment)):
         print(plan.summary())
+        for note in hardware_notes(plan):
+            print(f"  {note}")
         for decision in plan.decisions:
             scheme = decision.scheme.label if decision.scheme else "float"
             tie = f"; tied to {decision.tied_to}" if decision.tied_to else ""
@@ -150,11 +153,12 @@ def generate(options: Namespace) -> int:
 
 def recipes(options: Namespace) -> int:
     """List the named recipes, or print one."""
-    from qaware.recipe import Recipe, recipe_names
+    from qaware.recipe import Recipe
+    from qaware.shipped import preset_names, recipe_names
 
     if options.name is None:
-        for name in recipe_names():
-            print(f"{name:<28} {Recipe.load(name).description.strip()}")
+        for name in (*recipe_names(), *preset_names()):
+            print(f"{name:<32} {Recipe.load(name).description.strip()}")
         return 0
     import yaml
 

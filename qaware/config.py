@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from qaware.errors import QawareError
-from qaware.recipe import read_yaml
+from qaware.reading import read_yaml
 
 Config = dict[str, Any]
 T = TypeVar("T")

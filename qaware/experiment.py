@@ -16,6 +16,7 @@ from qaware.errors import QawareError
 from qaware.exporters import get_exporters
 from qaware.exporters.check import require_legal
 from qaware.metrics.hub import load_extra
+from qaware.parity_levels import DEFAULT, require_level
 from qaware.plan import Plan
 from qaware.recipe import Recipe, Rule
 
@@ -26,8 +27,8 @@ METHODS = ("ptq", "qat")
 class Quantize:
     """One recipe, by one or both methods, on some runtimes."""
 
-    recipe: str
-    """Name of a recipe, or path of a YAML file."""
+    recipe: str | dict[str, Any]
+    """Name of a recipe, path of a YAML or JSON file, or the recipe itself, also as torchchat's JSON."""
     rules: list[dict[str, Any]] = field(default_factory=list)
     """Rules in front of the recipe's own, as ``qaware check`` proposes them."""
     rounding: Any = None
@@ -54,6 +55,10 @@ class Quantize:
     """QAT: optimizer steps from ``start_step`` in which the rounding hardens little by little."""
     calibration_batches: int | None = None
     """PTQ of static activations: batches that are observed, an error where there are fewer; null: to 32."""
+    parity: str = DEFAULT
+    """How close an artifact must be to the converted model: ``default``, as the runtime's own tolerance says,
+    or ``exact``, ``close``, ``approximate``, ``very``, ``super`` or ``ultra``; see
+    :mod:`qaware.parity_levels`."""
 
     def load_recipe(self) -> Recipe:
         """The recipe with ``rules`` in front and what else is given in place of its own."""
@@ -101,6 +106,7 @@ class Experiment:
                 if method not in METHODS:
                     raise QawareError(f"quantize[{i}].methods: {method!r} is not one of {', '.join(METHODS)}")
             get_exporters(entry.export)
+            require_level(entry.parity)
             require_share(entry.distillation)
         if not self.quantize:
             raise QawareError("quantize: is empty; give at least one {recipe: ...}")

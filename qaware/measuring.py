@@ -23,6 +23,7 @@ from qaware.exporters.isolated import IsolatedRunner
 from qaware.metrics.remembered import Remembered
 from qaware.metrics.score import Score
 from qaware.parity import Parity, compare
+from qaware.parity_levels import DEFAULT
 from qaware.tasks import Task
 
 
@@ -45,6 +46,8 @@ class Measurement:
     task: Task
     float_model: Remembered | None = None
     """For KL and top-1 agreement."""
+    level: str = DEFAULT
+    """How close is close enough; see :mod:`qaware.parity_levels`."""
     expected: Remembered = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,10 +77,12 @@ class Measurement:
                 steps = self._compare(in_steps(runner), self.task.parity_inputs[:1])
                 steps.require(f"{self.artifact.path.name}, step by step,", self._tolerance)
             score = self.task.score(runner, self.float_model)
-        return Measured(self.artifact.update(parity=parity.to_dict()), parity, score)
+        looser = parity.looser(self._tolerance)
+        notes = (*self.artifact.notes, *([looser] if looser else []))
+        return Measured(self.artifact.update(parity=parity.to_dict(), notes=notes), parity, score)
 
     def _compare(self, runner: Callable[..., Tensor], inputs: Sequence[tuple[Tensor, ...]]) -> Parity:
-        return compare(runner, self.expected, inputs, self.quantized.outputs.values())
+        return compare(runner, self.expected, inputs, self.quantized.outputs.values(), self.level)
 
     @property
     def _tolerance(self) -> Tolerance:

@@ -14,6 +14,7 @@ from qaware.engines.base import ActivationRange
 from qaware.engines.static_integer import INT8
 from qaware.errors import ParityError
 from qaware.exporters.base import Tolerance
+from qaware.parity_levels import DEFAULT, LEVELS
 
 # How far float32 values may be from a grid that they are on, in steps; float32 is exact to 1e-5 there.
 _OFF_GRID = 1e-3
@@ -38,9 +39,19 @@ class Parity:
     """Share of the values that are another integer; None as ``steps``."""
     far: float | None = None
     """Share of the values that are more than one step off; None as ``steps``."""
+    level: str = DEFAULT
+    """Of :mod:`qaware.parity_levels`; another than ``default`` stands in for the runtime's tolerance."""
+    beyond: float | None = None
+    """Share of the values that are further off than ``level`` allows; None for ``default``."""
 
     def within(self, tolerance: Tolerance) -> bool:
         """Whether all gated figures hold; NaN never does."""
+        if self.beyond is not None:
+            return self.beyond <= LEVELS[self.level].outliers
+        return self.within_own(tolerance)
+
+    def within_own(self, tolerance: Tolerance) -> bool:
+        """Whether the figures hold that are gated at the level ``default``."""
         close = self.relative <= tolerance.relative and self.kl <= tolerance.kl
         return close and self.within_steps(tolerance)
 
@@ -58,11 +69,31 @@ class Parity:
         """
         if not self.within(tolerance):
             raise ParityError(
-                f"{what}: does not compute what the converted model computes ({self._in_steps(tolerance)}"
+                f"{what}: does not compute what the converted model computes "
+                f"({self._beyond()}{self._in_steps(tolerance)}"
                 f"relative difference {self.relative:.2e}, at most {tolerance.relative:.0e} allowed; "
                 f"KL {self.kl:.2e} nats, at most {tolerance.kl:.0e}); "
                 "the file was kept with the suffix .rejected"
             )
+
+    def looser(self, tolerance: Tolerance) -> str | None:
+        """What is to be told where ``level`` let pass what the runtime's own tolerance would not."""
+        if self.within_own(tolerance) or not self.within(tolerance):
+            return None
+        return (
+            f"parity: {self.level} is looser than this runtime's own tolerance, which is missed ("
+            f"{self._in_steps(tolerance)}relative difference {self.relative:.2e}, at most "
+            f"{tolerance.relative:.0e}; KL {self.kl:.2e} nats, at most {tolerance.kl:.0e})"
+        )
+
+    def _beyond(self) -> str:
+        if self.beyond is None:
+            return ""
+        level = LEVELS[self.level]
+        return (
+            f"{self.beyond:.2%} of the values are more than {level.atol:g} + {level.rtol:g} * |expected| "
+            f"off, at most {level.outliers:.2%} allowed by parity: {self.level}; "
+        )
 
     def _in_steps(self, tolerance: Tolerance) -> str:
         if self.steps is None or self.differing is None or self.far is None:
@@ -82,6 +113,7 @@ def compare(
     reference: Callable[..., Tensor],
     inputs: Sequence[tuple[Tensor, ...]],
     grids: Iterable[ActivationRange] = (),
+    level: str = DEFAULT,
 ) -> Parity:
     """Run both on every input.
 
@@ -90,6 +122,7 @@ def compare(
         reference: the converted model with the same positional signature, on the CPU.
         inputs: tuples of positional tensors.
         grids: on which the output may be; where it is on one, its steps are counted.
+        level: see :mod:`qaware.parity_levels`.
     """
     pairs = [(reference(*args).float(), runner(*args).float()) for args in inputs]
     for expected, got in pairs:
@@ -97,7 +130,7 @@ def compare(
             raise ParityError(f"output: shape is {tuple(got.shape)}, the model gives {tuple(expected.shape)}")
     rows = [(_rows(expected), _rows(got)) for expected, got in pairs]
     difference = torch.cat([(e - g).abs().flatten() for e, g in rows])
-    values = torch.cat([e.flatten() for e, _ in rows])
+    values, found = (torch.cat([row[i].flatten() for row in rows]) for i in (0, 1))
     steps, differing, far = _count_steps(difference, output_step(values, grids))
     return Parity(
         relative=float(difference.mean() / values.std().clamp_min(1e-12)),
@@ -108,6 +141,8 @@ def compare(
         steps=steps,
         differing=differing,
         far=far,
+        level=level,
+        beyond=None if level == DEFAULT else LEVELS[level].beyond(values, found),
     )
 
 

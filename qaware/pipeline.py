@@ -29,6 +29,7 @@ from qaware.measuring import Beside, Measured, Measurement
 from qaware.metrics.remembered import Remembered
 from qaware.metrics.score import Score
 from qaware.parity import Parity
+from qaware.parity_levels import DEFAULT
 from qaware.plan import Plan
 from qaware.report.layers import write_layers
 from qaware.report.ledger import Comparison, Ledger, Row
@@ -90,6 +91,8 @@ class Pipeline:
     world: int = 1
     rounding: RoundingReport | None = None
     """What rounding did, where it was not to nearest."""
+    parity: str = DEFAULT
+    """How close an artifact must be to the converted model; see :mod:`qaware.parity_levels`."""
     search_seconds: float = 300.0
     """How long the layer that differs is searched after a parity failure; 0: not at all."""
 
@@ -179,7 +182,7 @@ class Pipeline:
         assert self.task is not None
         task, path = self.task, self.folder / f"{self.label.replace(' ', '-')}{exporter.suffix}"
         artifact = exporter.export(result.model, task.example, task.signature, path, self.metadata)
-        return Measurement(exporter, artifact, result.model, task, self._reference)
+        return Measurement(exporter, artifact, result.model, task, self._reference, self.parity)
 
     def _record(self, exporter: Exporter, future: Future[Measured], result: QuantizationResult) -> None:
         """A row of what was measured, or of what went wrong."""
@@ -193,6 +196,8 @@ class Pipeline:
             log.error("%s", error)
             return
         artifact, parity, score = measured.artifact, measured.parity, measured.score
+        if looser := parity.looser(exporter.tolerance_for(result.plan)):
+            log.warning("%s: %s", artifact.path.name, looser)
         more = {"artifact": artifact.path.name, "parity": parity.to_dict(), "notes": list(artifact.notes)}
         self.ledger.add(self.label, name, score, artifact.bytes, self.comparison, **more)
         result.artifacts[name], result.parity[name] = artifact, parity

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from qaware.errors import QawareError
+from qaware.reading import parse_json, read_json, read_yaml
+from qaware.role_rules import rules_of
 from qaware.roles import ROLES
 from qaware.roundings import Step, parse_steps
 from qaware.scheme import Scheme
+from qaware.shipped import preset_names, read_shipped, recipe_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,7 +120,9 @@ class Recipe:
             raise QawareError(f"rules: recipe {self.name!r} has none, so nothing would be quantized")
         if self.learning not in LEARNING:
             raise QawareError(f"learning: {self.learning!r} is not one of {', '.join(LEARNING)}")
-        parse_steps(self.rounding)
+        for step, scheme in itertools.product(self.steps, filter(None, (rule.scheme for rule in self.rules))):
+            if why := step.refuse(scheme):
+                raise QawareError(f"rounding: {why}")
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -159,13 +162,18 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], name: str = "custom") -> Recipe:
-        """Build from parsed YAML or JSON; unknown keys are errors that suggest the nearest key."""
+        """Build from parsed YAML or JSON; unknown keys are errors that suggest the nearest key.
+
+        ``roles``, see :mod:`qaware.role_rules`, stands for rules behind those of ``rules``.
+        """
         if not isinstance(data, Mapping):
             raise QawareError(f"recipe: expected a mapping with 'rules', got {type(data).__name__}")
-        _refuse_unknown("recipe", data, cls)
+        _refuse_unknown("recipe", data, cls, "roles")
         rules = data.get("rules") or ()
         if isinstance(rules, str) or not isinstance(rules, Iterable):
             raise QawareError(f"rules: {rules!r} must be a list")
+        if "roles" in data:
+            rules = [*rules, *rules_of(data["roles"])]
         built = []
         for i, rule in enumerate(rules):
             if not isinstance(rule, (Rule, Mapping)):
@@ -178,7 +186,10 @@ class Recipe:
 
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
-        """A recipe from its name, the path of a YAML file, parsed data, or itself.
+        """A recipe from its name, the path of a YAML or JSON file, parsed data, or itself.
+
+        Parsed data may be torchchat's too, and text that begins with ``{`` is JSON of either kind; see
+        :mod:`qaware.torchchat`.
 
         Raises:
             QawareError: unknown name (the nearest ones are suggested), unreadable file, unknown key.
@@ -186,16 +197,20 @@ class Recipe:
         if isinstance(source, Recipe):
             return source
         if isinstance(source, Mapping):
-            return cls.from_dict(source)
+            return _from_data(source)
         if not isinstance(source, (str, Path)):
             raise QawareError(f"recipe: {source!r} must be a name, the path of a YAML file or a mapping")
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            return _from_data(parse_json(source, "recipe"))
         path = Path(source)
         if path.suffix in (".yaml", ".yml"):
-            return cls.from_dict(read_yaml(path), name=path.stem)
-        if str(source) not in recipe_names():
-            raise QawareError(f"recipe: {source!r} is not known{_suggest(str(source), recipe_names())}")
-        text = resources.files("qaware.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
-        return cls.from_dict(yaml.safe_load(text), name=str(source))
+            return _from_data(read_yaml(path), path.stem)
+        if path.suffix == ".json":
+            return _from_data(read_json(path), path.stem)
+        known = (*recipe_names(), *preset_names())
+        if str(source) not in known:
+            raise QawareError(f"recipe: {source!r} is not known{_suggest(str(source), known)}")
+        return cls.from_dict(read_shipped(str(source)), name=str(source))
 
     def prepend(self, *rules: Rule) -> Recipe:
         """The recipe with ``rules`` in front, where they win over the others."""
@@ -208,24 +223,17 @@ class Recipe:
         return make_plan(self, model)
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("qaware.recipes")
-    return sorted(f.name[: -len(".yaml")] for f in folder.iterdir() if f.name.endswith(".yaml"))
+def _from_data(data: Any, name: str | None = None) -> Recipe:
+    """Of our own kind, or torchchat's."""
+    from qaware import torchchat
+
+    if torchchat.is_torchchat(data):
+        return torchchat.read_recipe(data, name)
+    return Recipe.from_dict(data, name or "custom")
 
 
-def read_yaml(path: Path) -> Any:
-    """Plain data from a YAML file, loaded safely; a missing or malformed file is a QawareError."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QawareError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QawareError(f"{path}: is not valid YAML ({' '.join(str(error).split())})") from error
-
-
-def _refuse_unknown(what: str, data: Mapping[str, Any], cls: type) -> None:
-    known = [field.name for field in dataclasses.fields(cls)]
+def _refuse_unknown(what: str, data: Mapping[str, Any], cls: type, *more: str) -> None:
+    known = [*(field.name for field in dataclasses.fields(cls)), *more]
     for key in data:
         if key not in known:
             raise QawareError(f"{what}: unknown key {key!r}{_suggest(str(key), known)}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from qaware.errors import QawareError
+from qaware.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class Step:
         """The name and the options that are not as they are by default, e.g. ``gptq damping=0.05``."""
         fields = [field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         return " ".join([self.name, *(f"{f.name}={getattr(self, f.name)}".lower() for f in fields)])
+
+    def refuse(self, scheme: Scheme) -> str | None:
+        """Why it chooses no integers of ``scheme``, with the way out, or None."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,26 @@ class Percentile(Step):
 
     def __post_init__(self) -> None:
         _between("rounding.percentile.share", self.share, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Q40(Step):
+    """Round as torch_to_nnef does for tract's Q4_0: on float16 scales below zero, halves up."""
+
+    name: ClassVar[str] = "q4-0"
+    signed: ClassVar[bool] = True
+    share: float = 1.0
+    """Of the weights of a group that are within the range; 1: all of them."""
+
+    def __post_init__(self) -> None:
+        _between("rounding.q4-0.share", self.share, 0.5, 1.0)
+
+    def refuse(self, scheme: Scheme) -> str | None:
+        """Only symmetric integers of all levels with float16 scales."""
+        fits = scheme.symmetric and scheme.levels == "all" and scheme.scale_dtype == "float16"
+        if fits or scheme.is_float:
+            return None
+        return f"q4-0 is for symmetric integers with scale_dtype: float16, not {scheme.label}; use mse"
 
 
 @dataclass(frozen=True)
@@ -153,7 +178,7 @@ class BiasCorrection(Step):
 
 
 STEPS: dict[str, type[Step]] = {
-    step.name: step for step in (Rtn, Mse, Percentile, Hqq, Gptq, Awq, SmoothQuant, BiasCorrection)
+    step.name: step for step in (Rtn, Mse, Percentile, Q40, Hqq, Gptq, Awq, SmoothQuant, BiasCorrection)
 }
 ROUNDINGS = tuple(STEPS)
 
@@ -190,9 +215,8 @@ def _step(item: Any) -> Step:
     if not isinstance(item, Mapping) or len(item) != 1:
         raise QawareError(f"rounding: {item!r} must be a name, or one name with its options")
     ((name, options),) = item.items()
-    if name not in STEPS:
-        raise QawareError(f"rounding: {name!r} is not one of {', '.join(ROUNDINGS)}")
-    known = [field.name for field in dataclasses.fields(STEPS[name])]
+    kind = STEPS.get(name) or _registered(name)
+    known = [field.name for field in dataclasses.fields(kind)]
     if not isinstance(options or {}, Mapping):
         raise QawareError(f"rounding.{name}: {options!r} must be a mapping of options")
     for key in options or {}:
@@ -202,7 +226,18 @@ def _step(item: Any) -> Step:
             raise QawareError(
                 f"rounding.{name}: unknown option {key!r}; {hint}known: {', '.join(known) or 'none'}"
             )
-    return STEPS[name](**(options or {}))
+    return kind(**(options or {}))
+
+
+def _registered(name: object) -> type[Step]:
+    """A user's."""
+    from qaware.rounding_plugins import find_step, registered_names
+
+    kind = find_step(name) if isinstance(name, str) else None
+    if kind is None:
+        known = ", ".join([*ROUNDINGS, *registered_names()])
+        raise QawareError(f"rounding: {name!r} is not one of {known}; qaware.register_rounding adds others")
+    return kind
 
 
 def _at_least(key: str, value: object, least: int) -> None:

@@ -123,6 +123,7 @@ class Run:
             metrics=self.experiment.metrics,
             on_failure="warn",
             engine=entry.engine,
+            parity=entry.parity,
             calibration_batches=entry.calibration_batches,
         )
         self._connect(ptq, Comparison(label))
@@ -145,6 +146,7 @@ class Run:
             metrics=self.experiment.metrics,
             on_failure="warn",
             engine=entry.engine,
+            parity=entry.parity,
             start_step=entry.start_step,
             freeze_observers_step=entry.freeze_observers_step,
             freeze_batch_norm_step=entry.freeze_batch_norm_step,

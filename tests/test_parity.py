@@ -140,6 +140,8 @@ def test_plain_data() -> None:
         "steps": None,
         "differing": None,
         "far": None,
+        "level": "default",
+        "beyond": None,
     }
 
 

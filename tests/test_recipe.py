@@ -9,8 +9,9 @@ import yaml
 from torch import nn
 
 from qaware.errors import QawareError
-from qaware.recipe import Recipe, Rule, recipe_names
+from qaware.recipe import Recipe, Rule
 from qaware.scheme import Scheme
+from qaware.shipped import recipe_names
 
 INT4 = Scheme(4, 32)
 

@@ -12,8 +12,9 @@ from qaware.errors import QawareError
 from qaware.exporters.base import Exporter
 from qaware.matching import CONVOLUTIONS, rematch
 from qaware.plan import Decision, Plan, indivisible, nearest_groups
-from qaware.recipe import Recipe, recipe_names
+from qaware.recipe import Recipe
 from qaware.scheme import FLOAT16_BITS, Scheme
+from qaware.shipped import recipe_names
 
 
 @dataclass(frozen=True)

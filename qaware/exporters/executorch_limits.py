@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from qaware.matching import CONVOLUTIONS
 from qaware.plan import Decision, Plan
+from qaware.roundings import Q40
 from qaware.scheme import Scheme
 
 _BLOCK = 32
@@ -39,6 +40,8 @@ def signed_scales(plan: Plan) -> str | None:
     step = next((step for step in plan.recipe.steps if getattr(step, "signed", False)), None)
     if step is None or not any(_turns(decision) for decision in plan.quantized.values()):
         return None
+    if isinstance(step, Q40):
+        return f"rounding.{step.name} makes scales below zero, which XNNPACK refuses; use mse"
     return (
         f"rounding.{step.name}.signed: true makes scales below zero, which XNNPACK refuses; leave signed out"
     )

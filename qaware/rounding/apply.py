@@ -17,7 +17,7 @@ from qaware.rounding.base import Chosen, shipped_weight, write
 from qaware.rounding.beside import Beside
 from qaware.rounding.bias_correction import correct_bias
 from qaware.rounding.grid import Grid
-from qaware.rounding.kinds import CHOOSERS, FOLDERS
+from qaware.rounding.kinds import FOLDERS, chooser_of
 from qaware.rounding.moments import Moments
 from qaware.rounding.recording import Recording
 from qaware.rounding.replaying import Group
@@ -25,6 +25,10 @@ from qaware.rounding.report import RoundedLayer, RoundingReport
 from qaware.rounding.ties import find_ties
 from qaware.rounding.walk import Seen, Walk
 from qaware.roundings import Rtn
+
+
+_ROWS = 1024
+"""Of a weight, whose error is computed at a time."""
 
 
 def fold_scales(model: nn.Module, plan: Plan, recording: Recording) -> dict[str, str]:
@@ -129,7 +133,7 @@ def _round_layer(
     if not bool(weight.isfinite().all()):
         what = name or type(layer).__name__
         raise QawareError(f"{what}: its weight has NaN or infinity; give a model without")
-    chosen = CHOOSERS[chooser.name](weight, grid, chooser, moments if _usable(moments) else None)
+    chosen = chooser_of(chooser.name)(weight, grid, chooser, moments if _usable(moments) else None)
     write(layer, chosen)
     for other in others:
         write(model.get_submodule(other), chosen)
@@ -150,15 +154,19 @@ def _usable(moments: Moments | None) -> bool:
 
 def _error(weight: Tensor, chosen: Chosen, moments: Moments | None) -> float:
     """Squared error as a share: of the output where the input is known, else of the weight."""
+    # Some rows at a time: the head of a language model would be held several times over.
+    groups = 1 if moments is None else moments.groups
+    size = _ROWS if groups == 1 else len(weight)
+    pairs = list(zip(weight.split(size), chosen.weight.split(size), strict=True))
+    whole = sum(_square(w, moments) for w, _ in pairs)
+    return sum(_square(c - w, moments) for w, c in pairs) / whole if whole > 0 else 0.0
 
-    def size(x: Tensor) -> float:
-        if moments is None or not moments.seen:
-            return float(x.square().sum())
-        rows = x.view(moments.groups, -1, x.shape[1])
-        return float(((rows @ moments.hessian) * rows).sum())
 
-    whole = size(weight)
-    return size(chosen.weight - weight) / whole if whole > 0 else 0.0
+def _square(x: Tensor, moments: Moments | None) -> float:
+    if moments is None or not moments.seen:
+        return float(x.square().sum())
+    rows = x.view(moments.groups, -1, x.shape[1])
+    return float(((rows @ moments.hessian) * rows).sum())
 
 
 def _lines(

@@ -111,7 +111,7 @@ def test_help_explains_every_argument(capsys: pytest.CaptureFixture[str]) -> Non
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     options = said.partition("convert a copy when it ends")[2].split("\n  --trainer.callbacks.")[1:]
-    assert len(options) == 16
+    assert len(options) == 17
     for option in options:
         described = option.partition("\n")[2].partition("(type")[0].partition("(required")[0]
         assert described.strip(), f"nothing is said about {option.split()[0]}"
