@@ -18,6 +18,9 @@ BUILTIN = {
     "executorch": "qaware.exporters.executorch:ExecuTorchExporter",
     "aoti": "qaware.exporters.aoti:AOTIExporter",
     "tract": "qaware.exporters.tract:TractExporter",
+    "onnxruntime": "qaware.exporters.onnxruntime:OnnxRuntimeExporter",
+    "openvino": "qaware.exporters.openvino:OpenVINOExporter",
+    "gguf": "qaware.exporters.gguf:GGUFExporter",
 }
 
 

@@ -102,7 +102,9 @@ class CausalLM(pl.LightningModule):
     def _masked(self, input_ids: Tensor, at: Tensor, seen: Tensor, **options: Any) -> Tensor:
         """Logits of tokens at ``at`` (S,), which see those at ``seen`` (keys,) that are not after them."""
         mask = torch.where(seen[None, :] > at[:, None], MASKED, 0.0)[None, None]
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), mask.dtype)
+        # That of the norms: an embedding may be stored in float16 and looked up in float32.
+        floats = [p.dtype for p in self.model.parameters() if p.dim() == 1 and p.is_floating_point()]
+        dtype = floats[0] if floats else mask.dtype
         if dtype != mask.dtype:  # a cast that changes nothing would still end up in the graph
             mask = mask.to(dtype)
         logits: Tensor = self.model(

@@ -79,6 +79,11 @@ def test_a_converted_model_keeps_its_cache() -> None:
         assert (grown - model(ids)).abs().mean() < 1e-3
 
 
+def test_an_embedding_in_float16_does_not_make_the_mask_one() -> None:
+    model = qaware.quantize(lm(), "float16").module
+    assert cache_of(model, SIGNATURE) is not None
+
+
 def test_the_length_is_the_context_within_bounds() -> None:
     assert cache_of(lm(), SIGNATURE, 32) == CacheSpec(32, ((2, 8),) * 4)
     long = cache_of(lm(max_position_embeddings=4096), SIGNATURE)
