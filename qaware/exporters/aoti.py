@@ -2,7 +2,8 @@
 
 Linear layers multiply integers, by one of two kernels: those of the eager and graph engines, with static
 activations, by onednn's, which Inductor finds only with ``freezing``, with uint8 activations and with
-torchao's passes for x86; all others by ours (``aoti_product.py``).
+torchao's passes for x86; all others by ours (``aoti_product.py``). Attention to a key-value cache has a
+kernel of ours too (``aoti_attention.py``), on the same CPUs.
 
 What neither computes stays packed in the file (``packed.py``) and is expanded to floats for each product.
 Freezing would fold these integers back to float32 and the file would grow fourfold; so it is off without
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from qaware import machine
 from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
+from qaware.exporters.aoti_attention import can_attend
 from qaware.exporters.aoti_compile import as_usual, compile_package, exported
 from qaware.exporters.aoti_layers import use_products
 from qaware.exporters.aoti_load import load, runner
@@ -110,11 +112,12 @@ class AOTIExporter(Exporter):
     ) -> Written:
         """Pack the layers, trace with dynamic axes, compile, and look what the code calls."""
         cache = cache_of(quantized.module, signature, self.cache_length)
+        attends = cache is not None and self._has_vectors and can_attend(quantized.module, cache)
         products = use_products(quantized) if self.multiplies_integers else []
         pack_layers(quantized)
         packed = any(isinstance(part, PackedWeight) for part in quantized.module.modules())
         with as_usual():
-            program, planned = exported(quantized.module, example, signature, cache)
+            program, planned = exported(quantized.module, example, signature, cache, attends)
             compile_package(program, path, planned > 0, packed, cache)
         found = _found(kernels(path), planned, quantized.module) if planned else Written()
         notes = (*_about_products(products, quantized.module), *found.notes)
@@ -138,7 +141,11 @@ class AOTIExporter(Exporter):
     @property
     def multiplies_integers(self) -> bool:
         """Whether linear layers do, as far as the kernel knows their widths."""
-        return self.products == "integer" and set(FEATURES) <= set(machine.cpu()["features"])
+        return self.products == "integer" and self._has_vectors
+
+    @property
+    def _has_vectors(self) -> bool:
+        return set(FEATURES) <= set(machine.cpu()["features"])
 
 
 def _about_products(products: list[str], module: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qaware import quiet
 from qaware.engines.x86 import x86_quantizer
-from qaware.exporters.aoti_product import register
+from qaware.exporters.aoti_attention import AttendingStep
 from qaware.exporters.base import in_evaluation
 from qaware.exporters.generation import CacheSpec, StaticStep
 from qaware.exporters.signature import Signature
@@ -38,12 +38,16 @@ _INDUCTOR: dict[str, Any] = {
 
 
 def exported(
-    module: nn.Module, example: tuple[Tensor, ...], signature: Signature, cache: CacheSpec | None
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    signature: Signature,
+    cache: CacheSpec | None,
+    attends: bool = False,
 ) -> tuple[Any, int]:
     """The program, and how many of its layers are to be int8 kernels of onednn.
 
     With a cache its inputs are token ids, their positions, and the cache, of as many tokens as the caller
-    likes to hold, which is written in place.
+    likes to hold, which is written in place; ``attends``: the attention is our kernel's.
     """
     # Late: it registers operators, which plans without static activations have no use for.
     from qaware.exporters.qdq import clean, decompose, integer_layers, straighten
@@ -51,8 +55,9 @@ def exported(
 
     decompose(module)
     inputs, axes = _traceable(example, signature), _dynamic(signature)
-    wrapped: nn.Module = signature.wrap(module) if cache is None else StaticStep(module)
+    wrapped: nn.Module = signature.wrap(module)
     if cache is not None:
+        wrapped = AttendingStep(module) if attends else StaticStep(module)
         inputs, axes = _with_cache(inputs[0], axes[0], cache)
     program = torch.export.export(
         in_evaluation(wrapped.cpu()), inputs, dynamic_shapes=_nested(axes, cache), strict=False
@@ -74,8 +79,12 @@ def compile_package(program: Any, path: Path, frozen: bool, packed: bool, cache:
         cache: kept in the package.
     """
     about = {} if cache is None else {CACHE: json.dumps(dataclasses.asdict(cache))}
+    # Late: it imports the compiler.
+    from qaware.exporters.aoti_template import register, shared
+
     register()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(shared())
         if frozen:
             x86_quantizer()  # registers the passes that make int8 kernels
             stack.enter_context(_unfolded(packed))

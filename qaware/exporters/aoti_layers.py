@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaware.engines.base import QuantizedModel, QuantizedWeight
+from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
 from qaware.engines.integer import StaticLinear
 from qaware.exporters.aoti_product import LANES, WIDTHS, arrange, by_lane, codes_of, columns
 from qaware.exporters.packed import StoredWeight, exact_scale
@@ -21,16 +21,8 @@ from qaware.exporters.packed_layers import (
     PackedLinear,
     become_packed,
     in_graph,
-    integers_per_token,
-    static_integers,
 )
 from qaware.plan import Decision
-
-_DIGIT = 256
-_LARGEST = 127 * _DIGIT + 127
-"""What two digits from -128 to 127 hold on both sides of zero."""
-_SMALLEST = 2.0**-100
-"""For tokens of zeros."""
 
 
 class BlockedWeight(StoredWeight):
@@ -90,33 +82,14 @@ class ProductLinear(PackedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), float32."""
-        weight = self.packed
-        values, scale, zero = self.integers(input.reshape(-1, weight.width))
+        weight, static = self.packed, self.static or ActivationRange(1.0, 0)
+        stored = (weight.codes, weight.scale, weight.zero_point, self.sums)
         numbers = (weight.rows, weight.bits, weight.block, weight.offset, weight.step)
-        stored = (weight.codes, weight.scale, weight.zero_point)
-        y: Tensor = torch.ops.qaware.product(values, scale, zero, *stored, self.sums, *numbers)
+        rounding = (self.activation, static.scale, static.zero_point)
+        x = input.reshape(-1, weight.width)
+        y: Tensor = torch.ops.qaware.product(x, *stored, *numbers, *rounding)
         y = y.view(*input.shape[:-1], weight.rows)
         return y if self.bias is None else y + self.bias
-
-    def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Digits (int8), scales (float32) and zero points (int32) of each token of ``x`` (tokens, width)."""
-        if self.activation == "int8-dynamic":
-            integers, (_, scale, zero, *_) = integers_per_token(x)
-            return integers.unsqueeze(0), scale.flatten(), zero.flatten().to(torch.int32)
-        if self.static is None:
-            return *two_digits(x), None
-        integers = static_integers(x, self.static).to(torch.int8)
-        tokens = (x.shape[0],)
-        zero = torch.full(tokens, self.static.zero_point, dtype=torch.int32)
-        return integers.unsqueeze(0), torch.full(tokens, self.static.scale), zero
-
-
-def two_digits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers of 16 bits as int8 (2, tokens, width), and the scale of each token, float32 (tokens,)."""
-    scale = x.abs().amax(1).clamp_min(_SMALLEST) / _LARGEST
-    integers = (x / scale.unsqueeze(1)).round()
-    high = ((integers + _DIGIT // 2) / _DIGIT).floor()
-    return torch.stack([high, integers - high * _DIGIT]).to(torch.int8), scale
 
 
 def use_products(quantized: QuantizedModel) -> list[str]:

@@ -1,4 +1,4 @@
-// Products of int8 activations with packed integer weights, for CPUs with AVX512-VNNI.
+// Products of activations, as int8 numbers, with packed integer weights, for CPUs with AVX512-VNNI.
 //
 // A weight of `bits` is stored as unsigned codes, in blocks of 16 rows. 64 bytes of a block hold, for each of
 // its rows, 4 bytes of 8 / bits codes each, the first 4 columns in the lowest bits. One vector instruction
@@ -16,8 +16,8 @@
 namespace qaware {
 
 constexpr int LANES = 16;
-// Activation rows of one tile: 6 with 2 blocks of weights fill the 32 vector registers.
-constexpr int TILE = 6;
+// Activation rows of one tile: with 2 blocks of weights their sums stay in the 32 vector registers.
+constexpr int TILE = 5;
 
 struct Bfloat16 {
   uint16_t bits;
@@ -53,11 +53,18 @@ struct Weight {
   int64_t rows, width, group, groups;
 };
 
+// How activations are rounded; scale and zero point are those of a static range.
+struct Rounding {
+  Activation activation;
+  float scale, inverse;
+  int32_t zero;
+};
+
 struct Tokens {
-  const int8_t* values;  // (digits, count, width)
-  const int32_t* sums;   // (digits, count, groups): of a group's values, times `shift`
-  const float* scale;    // (count)
-  const int32_t* zero;   // (count), or null
+  int8_t* values;  // (digits, count, width)
+  int32_t* sums;   // (digits, count, groups): of a group's values, times `shift`
+  float* scale;    // (count)
+  int32_t* zero;   // (count), or null
   int64_t count;
   bool streams;          // whether the result is too large to be kept in a cache
 };
@@ -103,7 +110,11 @@ inline void multiply(const int8_t* const (&x)[R], const int32_t* const (&sums)[R
     for (int64_t k = g * group; k < (g + 1) * group; k += 4 * PARTS) {
       __m512i part[N][PARTS];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) unpacked<BITS>(codes[n] + k * 16 / PARTS, part[n]);
+      for (int n = 0; n < N; ++n) {
+        unpacked<BITS>(codes[n] + k * 16 / PARTS, part[n]);
+        // One token reads each weight once, and the hardware looks ahead no further than a page.
+        if constexpr (R <= 2) _mm_prefetch(codes[n] + k * 16 / PARTS + N * 16 * w.width / PARTS, _MM_HINT_T0);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < PARTS; ++i)
 #pragma GCC unroll 8
@@ -191,6 +202,7 @@ inline void blocks(const Tokens& t, const Weight<Scale>& w, int64_t block, float
     for (int64_t at = 0; at < packed; at += 64) {
       __m512i part[PARTS];
       unpacked<F::BITS>(codes[n] + at, part);
+      _mm_prefetch(codes[n] + at + N * packed, _MM_HINT_T1);
       for (int i = 0; i < PARTS; ++i) _mm512_storeu_si512(scratch + n * size + at * PARTS + i * 64, part[i]);
     }
     codes[n] = scratch + n * size;
@@ -207,26 +219,41 @@ inline int32_t sum_of(const int8_t* values, int64_t count) {
   return _mm512_reduce_add_epi32(sum);
 }
 
-// float32 (tokens, rows).
+// One token: its numbers, and the sum of each group of them.
 template <typename F, typename Scale>
-void product(Tokens t, const Weight<Scale>& w, float* out) {
-  const int64_t sums = F::DIGITS * t.count * w.groups, count = (w.rows + LANES - 1) / LANES;
-  std::unique_ptr<int32_t[]> held(new int32_t[sums]);
-  for (int64_t i = 0; i < sums; ++i) held[i] = F::SHIFT * sum_of(t.values + i * w.group, w.group);
-  t.sums = held.get();
-  t.streams = t.count * w.rows > LARGE && w.rows % LANES == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-#pragma omp parallel
-  {
-    std::unique_ptr<uint8_t[]> scratch(new uint8_t[2 * LANES * w.width]);
-#pragma omp for
-    for (int64_t block = 0; block < count; block += 2) {
-      if (block + 1 < count)
-        blocks<F, 2>(t, w, block, out, scratch.get());
-      else
-        blocks<F, 1>(t, w, block, out, scratch.get());
-    }
-    _mm_sfence();
+inline void round_token(const float* x, const Rounding& how, const Tokens& t, int64_t m, const Weight<Scale>& w) {
+  int8_t* const values = t.values + m * w.width;
+  if (F::DIGITS == 2) {
+    round_to_digits(x, w.width, t.scale + m, values, values + t.count * w.width);
+  } else if (how.activation == Activation::int8_dynamic) {
+    round_dynamically(x, w.width, t.scale + m, t.zero + m, values);
+  } else {
+    t.scale[m] = how.scale;
+    t.zero[m] = how.zero;
+    round_to_grid(x, w.width, how.inverse, static_cast<float>(how.zero), values);
   }
+  for (int64_t digit = 0; digit < F::DIGITS; ++digit)
+    for (int64_t g = 0; g < w.groups; ++g)
+      t.sums[(digit * t.count + m) * w.groups + g] =
+          F::SHIFT * sum_of(values + digit * t.count * w.width + g * w.group, w.group);
+}
+
+// float32 (count, rows) of float32 (count, width).
+template <typename F, typename Scale>
+void product(const float* x, int64_t count, const Rounding& how, const Weight<Scale>& w, float* out) {
+  std::unique_ptr<int8_t[]> values(new int8_t[F::DIGITS * count * w.width]);
+  std::unique_ptr<int32_t[]> sums(new int32_t[F::DIGITS * count * w.groups]), zero(new int32_t[count]);
+  std::unique_ptr<float[]> scale(new float[count]);
+  const bool streams = count * w.rows > LARGE && w.rows % LANES == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const Tokens t{values.get(), sums.get(), scale.get(), F::DIGITS == 1 ? zero.get() : nullptr, count, streams};
+  each(count, 0, true, [&](int64_t m, uint8_t*) { round_token<F>(x + m * w.width, how, t, m, w); });
+  each((w.rows + 2 * LANES - 1) / (2 * LANES), 2 * LANES * w.width, true, [&](int64_t pair, uint8_t* scratch) {
+    if (w.rows - 2 * LANES * pair > LANES)
+      blocks<F, 2>(t, w, 2 * pair, out, scratch);
+    else
+      blocks<F, 1>(t, w, 2 * pair, out, scratch);
+    if (streams) _mm_sfence();
+  });
 }
 
 }  // namespace qaware

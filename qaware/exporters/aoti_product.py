@@ -1,4 +1,4 @@
-"""``qaware::product``: int8 activations times packed integers, with a kernel of its own in AOTInductor.
+"""``qaware::product``: activations, as int8, times packed integers, with a kernel of its own in AOTInductor.
 
 Torch's CPU kernels either expand int4 weights to floats (``packed.py``), or round activations to bfloat16
 (``_weight_int4pack_mm_for_cpu``), or know no groups (onednn). This operator multiplies the integers
@@ -8,11 +8,13 @@ library that it compiles, so that the file needs nothing of qaware where it runs
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qaware.engines.base import ActivationRange
+from qaware.exporters.aoti_tokens import integers
 
 FEATURES = ("avx512f", "avx512_vnni")
 """Of the CPU, that the kernel needs; those with the second have the rest of AVX512 that it uses."""
@@ -20,10 +22,9 @@ LANES = 16
 """Rows of a weight that are stored together."""
 WIDTHS = (1, 2, 4, 8)
 """Bits of a code; several fill a byte."""
-_SCALES = {torch.float32: "float", torch.bfloat16: "qaware::Bfloat16", torch.float16: "qaware::Float16"}
 _SCHEMA = (
-    "product(Tensor values, Tensor scale, Tensor? zero, Tensor codes, Tensor weight_scale, "
-    "Tensor? weight_zero, Tensor? sums, int rows, int bits, int group, int offset, int step) -> Tensor"
+    "product(Tensor x, Tensor codes, Tensor weight_scale, Tensor? weight_zero, Tensor? sums, int rows, "
+    "int bits, int group, int offset, int step, str activation, float scale, int zero) -> Tensor"
 )
 _LIBRARY = torch.library.Library("qaware", "DEF")
 _LIBRARY.define(_SCHEMA)
@@ -66,9 +67,7 @@ def codes_of(packed: Tensor, bits: int, rows: Tensor | None = None) -> list[Tens
 
 
 def _compute(
-    values: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
+    x: Tensor,
     codes: Tensor,
     weight_scale: Tensor,
     weight_zero: Tensor | None,
@@ -78,30 +77,37 @@ def _compute(
     group: int,
     offset: int,
     step: int,
+    activation: str,
+    scale: float,
+    zero: int,
 ) -> Tensor:
     """What the kernel computes, in float64: (tokens, rows) in float32.
 
     Args:
-        values: int8 (digits, tokens, width); two digits are one number, ``256 * first + second``.
-        scale: float32 (tokens,).
-        zero: int32 (tokens,), the integer of a token that stands for zero; with one digit only.
+        x: float32 (tokens, width).
         codes: of the weight, see ``arrange``.
         weight_scale: float (blocks, groups, 16).
         weight_zero: int8, as ``weight_scale``; None for symmetric weights.
-        sums: float32 (rows,), of the weight's values; with ``zero`` only.
+        sums: float32 (rows,), of the weight's values; for activations with zero points, all but ``none``.
         rows: of the weight.
         bits: of a code: 1, 2, 4 or 8.
         group: columns that share a scale.
         offset: twice the code of zero, as levels may lie half between two codes.
         step: from one code to the next, in scales.
+        activation: how ``x`` is rounded: ``none``, to 16 bits for each token, ``int8-dynamic`` or
+            ``int8-static``.
+        scale: of a static range.
+        zero: its zero point.
     """
+    static = ActivationRange(scale, zero) if activation == "int8-static" else None
+    digits, scales, zeros = integers(x, activation, static)
     parts = torch.stack(codes_of(codes, bits), -2).flatten(1).double().unflatten(1, (-1, group))
     shift = offset / 2 if weight_zero is None else offset / 2 + _rows(weight_zero)
     weight = ((parts - shift) * _rows(weight_scale) * step).flatten(1)[:rows]
-    x = values[0].double() if values.shape[0] == 1 else values[0].double() * 256 + values[1]
-    if zero is not None:
-        x = x - zero.unsqueeze(1)
-    product: Tensor = (x @ weight.T) * scale.double().unsqueeze(1)
+    values = digits[0].double() if len(digits) == 1 else digits[0].double() * 256 + digits[1]
+    if zeros is not None:
+        values = values - zeros.unsqueeze(1)
+    product: Tensor = (values @ weight.T) * scales.double().unsqueeze(1)
     return product.float()
 
 
@@ -110,31 +116,10 @@ def _rows(lanes: Tensor) -> Tensor:
     return lanes.transpose(1, 2).flatten(0, 1).double().unsqueeze(-1)
 
 
-def _shape(values: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    rows = rest[5]
-    return scale.new_empty((values.shape[1], rows), dtype=torch.float32)
+def _shape(x: Tensor, *rest: Any) -> Tensor:
+    rows = rest[4]
+    return x.new_empty((x.shape[0], rows))
 
 
 _LIBRARY.impl("product", _compute, "CPU")
 torch.library.register_fake("qaware::product", _shape, lib=_LIBRARY)
-
-
-def register() -> None:
-    """Tell Inductor how to compile the operator."""
-    from torch._inductor import lowering
-
-    from qaware.exporters.aoti_template import lower
-
-    operator: Any = torch.ops.qaware.product.default
-    if operator not in lowering.lowerings:
-        lowering.register_lowering(operator, type_promotion_kind=None)(lower)
-
-
-def source() -> str:
-    """The kernel's C++."""
-    return (files("qaware.exporters") / "aoti_product.h").read_text(encoding="utf-8")
-
-
-def scale_type(dtype: torch.dtype) -> str:
-    """C++ type of the weight's scales."""
-    return _SCALES[dtype]

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch.fx import Node
 
+from qaware.exporters.executorch_rewrite import CONSTANT
+
 _WEIGHT = {"convolution": 1, "linear": 1, "mm": 1, "addmm": 2, "embedding": 0}
 """Which argument of an operator is its weight; its input is the one before, but for an embedding."""
 _MOVES = ("permute_copy", "t_copy", "transpose_copy", "view_copy", "_to_copy", "expand_copy")
@@ -94,11 +96,13 @@ def _counts(nodes: Iterable[Node]) -> dict[str, int]:
 
 
 def _weights(program: Any) -> Iterator[tuple[Node, int]]:
-    """Each layer with the numbers in its weight; a product of two activations is no layer."""
+    """Each layer with the numbers in its weight; a product of activations, or with our constants, is none."""
     inputs = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     for node in _operators(program):
         weight = _behind(_weight(node))
-        if isinstance(weight, Node) and weight.op == "placeholder" and weight.name not in inputs:
+        if not isinstance(weight, Node) or weight.op != "placeholder" or weight.name in inputs:
+            continue
+        if CONSTANT not in weight.name:
             yield node, weight.meta["val"].numel()
 
 

@@ -29,9 +29,12 @@ from qaware.exporters.executorch_lowering import (
     widen,
     with_whole_biases,
 )
+from qaware.exporters.executorch_rewrite import rewritten
 from qaware.exporters.generation import CachedRunner, CacheSpec, attends, cache_of
 from qaware.exporters.signature import Signature
 from qaware.plan import Decision, Plan
+
+log = logging.getLogger(__name__)
 
 
 class ExecuTorchExporter(Exporter):
@@ -101,7 +104,7 @@ class ExecuTorchExporter(Exporter):
             QawareError: lowering limits a dynamic axis.
         """
         with _bare_root_logger():
-            from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+            from executorch.exir import ExecutorchBackendConfig
 
             fit_kernels(quantized)
             cache = cache_of(quantized.module, signature, self.cache_length)
@@ -113,7 +116,7 @@ class ExecuTorchExporter(Exporter):
                 hold, about = functools.partial(step, cache=cache), _about(cache, signature)
                 linked = (_LINKED,) if step is KernelStep else ()
             program = exported(quantized.module, example, signature, hold)
-            edge = to_edge_transform_and_lower(program, partitioner=[partitioner()], constant_methods=about)
+            edge = _partitioned(program, about, bool(linked))
             require_sizes(program, edge.exported_program())
             found = delegation(edge.exported_program())
             # The flag fuses quantized embeddings, which have no kernel otherwise.
@@ -167,6 +170,28 @@ class ExecuTorchExporter(Exporter):
         return CachedRunner(
             length, signature.longest, lambda ids, at: run(ids, torch.arange(at, at + ids.shape[1]))
         )
+
+
+def _partitioned(program: Any, about: dict[str, Any], rewrite: bool) -> Any:
+    """The program cut into XNNPACK's part and the rest; rewritten before, so that there are few cuts.
+
+    The partitioner may then find parts that depend on each other (seen with portable attention), which is an
+    error: such a program is cut as it was.
+    """
+    from executorch.exir import to_edge_transform_and_lower
+
+    def cut(form: Any) -> Any:
+        return to_edge_transform_and_lower(form, partitioner=[partitioner()], constant_methods=about)
+
+    if not rewrite:
+        return cut(program)
+    try:
+        return cut(rewritten(program))
+    except AssertionError as error:
+        if "dependency cycles" not in str(error):
+            raise
+        log.info("executorch: XNNPACK's parts would depend on each other; the program is cut as it was")
+        return cut(program)
 
 
 _CACHE = "get_max_context_len"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from typing import Any, NamedTuple
 
@@ -90,6 +91,17 @@ def test_the_file_is_compressed_and_holds_no_cache(llama: Exported) -> None:
         stored = sum(e.file_size for e in archive.infolist())
     assert llama.artifact.bytes < 0.7 * stored  # code and its text, which are most of such a small file
     assert llama.artifact.details["cache"]["length"] == 150
+
+
+def test_attention_is_the_kernels_and_rotations_are_computed_once(llama: Exported) -> None:
+    if not EXPORTER.multiplies_integers:  # type: ignore[attr-defined]
+        pytest.skip("the kernel is for CPUs with AVX512-VNNI")
+    with zipfile.ZipFile(llama.artifact.path) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".kernel.cpp")]
+        code = archive.read(name).decode()
+    functions = code.split('extern "C"')
+    assert sum("qaware::attend({" in function for function in functions) == 1
+    assert sum(bool(re.search(r"\bcos\(", function)) for function in functions) == 1
 
 
 def test_torch_loads_the_file_too(llama: Exported) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qaware import Scheme, machine, recipe_names
 from qaware.engines.base import QuantizedModel
 from qaware.exporters.aoti import AOTIExporter
-from qaware.exporters.aoti_layers import BlockedWeight, ProductLinear, two_digits, use_products
+from qaware.exporters.aoti_layers import BlockedWeight, ProductLinear, use_products
 from qaware.exporters.packed import PackedWeight
 from qaware.exporters.packed_layers import pack_layers
 from qaware.parity import compare
@@ -54,23 +54,6 @@ def test_integers_come_back_and_values_are_exact(bits: int, rows: int, width: in
         assert torch.equal(stored.dequantize(), weight.dequantize())
         picked = torch.tensor([[rows - 1, 0], [0, 3]])
         assert torch.equal(stored.dequantize(picked), weight.dequantize()[picked])
-
-
-def test_two_digits_are_the_sixteen_bits() -> None:
-    for seed in range(20):
-        x = torch.randn(7, 64, generator=torch.Generator().manual_seed(seed)) * 10 ** (seed / 4 - 2)
-        digits, scale = two_digits(x)
-        values = (digits[0].double() * 256 + digits[1]) * scale.double().unsqueeze(1)
-        assert ((values - x).abs().amax(1) <= scale * 0.501).all()
-        assert torch.equal(scale, x.abs().amax(1) / 32639)
-    digits, scale = two_digits(torch.zeros(2, 8))
-    assert not digits.any()
-    assert (scale > 0).all()
-
-
-def test_the_largest_value_of_a_token_has_no_digit_too_many() -> None:
-    digits, _ = two_digits(torch.tensor([[1.0, -1.0, 0.0]]))
-    assert digits[:, 0].tolist() == [[127, -127, 0], [127, -127, 0]]
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import generating_lm as lm
 import pytest
+import torch
 
+import qaware
 from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.executorch import ExecuTorchExporter
 from qaware.exporters.isolated import open_artifact
+from qaware.lm import CausalLM
 
 pytest.importorskip("executorch")
 
@@ -32,8 +35,19 @@ def test_it_generates_with_the_llm_kernels(model: QuantizedModel, artifact: Arti
     assert any("llama::custom_sdpa" in note for note in artifact.notes)
 
 
-def test_it_generates_with_portable_operators(model: QuantizedModel, tmp_path: Path) -> None:
+def test_only_what_xnnpack_lacks_is_left_out(artifact: Artifact) -> None:
+    portable = set(artifact.details["delegation"]["portable"])
+    assert {"custom_sdpa", "embedding"} <= portable
+    assert not portable & {"mean", "slice_copy", "cat", "unsqueeze_copy", "alias_copy", "permute_copy", "mul"}
+    assert any("15 of 16 layers in int8" in note for note in artifact.notes)
+
+
+def test_it_generates_with_portable_operators(tmp_path: Path) -> None:
     exporter = ExecuTorchExporter(attention="portable")
+    # One layer: each takes seconds to lower.
+    torch.manual_seed(0)
+    small = CausalLM({**lm.CONFIG, "num_hidden_layers": 1}).eval()
+    model = qaware.quantize(small, "int8-dynamic-int4-weight", runtimes=["executorch"])
     artifact = lm.export(exporter, model, tmp_path)
     lm.require_generation(exporter, model, artifact)
     assert not any("llama::" in note for note in artifact.notes)
