@@ -112,7 +112,7 @@ class ExecuTorchExporter(Exporter):
             about: dict[str, Any] = {}
             linked: tuple[str, ...] = ()
             if cache is not None:
-                step = self._step(quantized.module)
+                step = self._step(quantized.module, cache)
                 hold, about = functools.partial(step, cache=cache), _about(cache, signature)
                 linked = (_LINKED,) if step is KernelStep else ()
             program = exported(quantized.module, example, signature, hold)
@@ -125,8 +125,11 @@ class ExecuTorchExporter(Exporter):
             lowered.write_to_file(file)
         return Written((*found.lines(), *linked), {"delegation": dataclasses.asdict(found)})
 
-    def _step(self, module: nn.Module) -> type[KernelStep] | type[PortableStep]:
-        return KernelStep if self.attention == "kernel" and attends(module) else PortableStep
+    def _step(self, module: nn.Module, cache: CacheSpec) -> type[KernelStep] | type[PortableStep]:
+        # A single head leaves the order of its axes open, which the kernels' check takes for a wrong one.
+        several = all(heads > 1 for heads, _ in cache.shapes)
+        kernel = self.attention == "kernel" and several and attends(module)
+        return KernelStep if kernel else PortableStep
 
     def reference(self, quantized: QuantizedModel) -> nn.Module:
         """The converted model; of a bfloat16 one the same integers in float32, of the graph engine's, whose

@@ -26,7 +26,6 @@ from qaware.rounding.ties import find_ties
 from qaware.rounding.walk import Seen, Walk
 from qaware.roundings import Rtn
 
-
 _ROWS = 1024
 """Of a weight, whose error is computed at a time."""
 

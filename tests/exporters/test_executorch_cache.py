@@ -13,6 +13,8 @@ from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.executorch import ExecuTorchExporter
+from qaware.exporters.executorch_cache import KernelStep, PortableStep
+from qaware.exporters.generation import CacheSpec
 from qaware.exporters.isolated import open_artifact
 from qaware.lm import CausalLM
 
@@ -77,6 +79,12 @@ def test_what_does_not_fit_is_refused(artifact: Artifact) -> None:
             runner.step(lm.text(10), 40)
         with pytest.raises(QawareError, match="seq is 17, must be 1 to 16"):
             runner.step(lm.text(17), 0)
+
+
+def test_a_single_head_is_left_to_portable_operators(model: QuantizedModel) -> None:
+    exporter = ExecuTorchExporter()
+    assert exporter._step(model.module, CacheSpec(8, ((2, 16), (2, 16)))) is KernelStep
+    assert exporter._step(model.module, CacheSpec(8, ((1, 16), (1, 16)))) is PortableStep
 
 
 def test_an_unknown_attention_is_refused() -> None:
