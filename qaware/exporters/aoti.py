@@ -70,7 +70,7 @@ class AOTIExporter(Exporter):
 
     def notes(self, plan: Plan) -> tuple[str, ...]:
         """What the file is bound to."""
-        return ("compiled for the CPU features of the machine that exported it; half a megabyte is code",)
+        return ("compiled for the CPU features of the machine that exported it; some 0.2 MB are code",)
 
     def tolerance_for(self, plan: Plan) -> Tolerance:
         """Without ranges measured at run time there is no rounding to flip; a static one flips by a step."""
