@@ -150,7 +150,7 @@ class ExecuTorchExporter(Exporter):
         Raises:
             QawareError: on loading and on each call, with the runtime's error code in words.
         """
-        with explained(f"{path.name}: cannot be loaded"):
+        with _bare_root_logger(), explained(f"{path.name}: cannot be loaded"):
             # They register kernels: of attention with a cache, and of quantized embeddings.
             import executorch.extension.llm.custom_ops.custom_ops
             import executorch.kernels.quantized  # noqa: F401
