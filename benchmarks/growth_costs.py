@@ -71,7 +71,7 @@ def memory(shape: Shape, name: str) -> Row:
         return Row(row, "", "at most 1.5x", "skipped: needs /proc", None, name)
     command = [sys.executable, "-m", "benchmarks.growth", "--peak", name]
     # What is freed goes back to the system at once, so that it is not counted.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     ratio = float(done.stdout.split()[-1])
     case = f"{name}; the prepared model and all that rounding holds, recorded inputs and activations too"

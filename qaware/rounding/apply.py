@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qaware.engines.fake_quant import set_fake_quant
 from qaware.engines.weight_fake_quant import Float16FakeQuantizer
-from qaware.errors import QawareError
 from qaware.plan import Plan
-from qaware.rounding import rtn
-from qaware.rounding.base import Chosen, shipped_weight, write
 from qaware.rounding.beside import Beside
-from qaware.rounding.bias_correction import correct_bias
-from qaware.rounding.grid import Grid
-from qaware.rounding.kinds import FOLDERS, chooser_of
-from qaware.rounding.moments import Moments
+from qaware.rounding.kinds import FOLDERS
+from qaware.rounding.one_layer import round_layer
 from qaware.rounding.recording import Recording
-from qaware.rounding.replaying import Group
+from qaware.rounding.replaying import Group, replay
 from qaware.rounding.report import RoundedLayer, RoundingReport
 from qaware.rounding.ties import find_ties
 from qaware.rounding.walk import Seen, Walk
-from qaware.roundings import Rtn
-
-_ROWS = 1024
-"""Of a weight, whose error is computed at a time."""
 
 
 def fold_scales(model: nn.Module, plan: Plan, recording: Recording) -> dict[str, str]:
@@ -74,9 +64,8 @@ def round_weights(
     layers: list[RoundedLayer] = []
     for names, seen in _turns(model, plan, recording, ties, beside):
         for name in names:
-            if beside is not None:
-                beside.keep(name)
-            line = _round_layer(model, plan, name, ties.get(name, ()), seen.get(name))
+            others = [model.get_submodule(other) for other in ties.get(name, ())]
+            line = round_layer(name, model.get_submodule(name), others, plan.recipe, seen.get(name))
             layers += _lines(line, ties.get(name, ()), parted or {}, notes or {})
             advance()
     return RoundingReport(tuple(layers))
@@ -101,10 +90,12 @@ def _turns(
         yield names, {}
         return
     early = [n for n in names if plan.quantized[n].type == "Embedding" and n not in ties]
+    tied = [n for n in names if n in ties]
+    if beside is not None:
+        _keep(beside, model, recording, early, tied)
     if early:
         yield early, {}
     # A head that shares its weight with an embedding is rounded before anything runs on that.
-    tied = [n for n in names if n in ties]
     if tied:
         set_fake_quant(model, False)
         seen = Walk(model, recording, None).observe(Group(tuple(tied), False))
@@ -118,54 +109,23 @@ def _turns(
         yield unseen, {}
 
 
+def _keep(
+    beside: Beside, model: nn.Module, recording: Recording, early: Sequence[str], tied: Sequence[str]
+) -> None:
+    """What is rounded before anything runs. Of a table as large as several blocks only the rows that the
+    recording looks up; one that is tied to a head is needed whole."""
+    if beside.twin is None and early:
+        used: dict[str, list[Tensor]] = {name: [] for name in early}
+        replay(model, recording, early, lambda name, ids: used[name].append(ids.unique()))
+        for name, found in used.items():
+            if found:  # one that never runs is not looked at
+                beside.keep(name, torch.cat(found).unique().long())
+    for name in tied if beside.twin is None else (*early, *tied):
+        beside.keep(name)
+
+
 def _is_float16(model: nn.Module, name: str) -> bool:
     return isinstance(model.get_submodule(name).weight_fake_quantizer, Float16FakeQuantizer)
-
-
-def _round_layer(
-    model: nn.Module, plan: Plan, name: str, others: Sequence[str], moments: Moments | None
-) -> RoundedLayer:
-    """Choose and write the integers of one layer, and of those tied to it."""
-    layer: Any = model.get_submodule(name)
-    chooser = next(step for step in plan.recipe.steps if step.stage == 1)
-    weight, grid = shipped_weight(layer), Grid(layer.weight_fake_quantizer)
-    if not bool(weight.isfinite().all()):
-        what = name or type(layer).__name__
-        raise QawareError(f"{what}: its weight has NaN or infinity; give a model without")
-    chosen = chooser_of(chooser.name)(weight, grid, chooser, moments if _usable(moments) else None)
-    write(layer, chosen)
-    for other in others:
-        write(model.get_submodule(other), chosen)
-    note = chosen.note
-    if any(step.stage == 2 for step in plan.recipe.steps):
-        said = correct_bias(layer, weight, chosen.weight, moments)
-        note = "; ".join(text for text in (note, said) if text)
-    method = plan.recipe.rounding_label
-    target = weight if chosen.target is None else chosen.target
-    error = _error(target, chosen, moments)
-    rtn_error = _error(target, rtn.choose(weight, grid, Rtn(), moments), moments)
-    return RoundedLayer(name, method, error, rtn_error, note=note)
-
-
-def _usable(moments: Moments | None) -> bool:
-    return moments is not None and moments.seen
-
-
-def _error(weight: Tensor, chosen: Chosen, moments: Moments | None) -> float:
-    """Squared error as a share: of the output where the input is known, else of the weight."""
-    # Some rows at a time: the head of a language model would be held several times over.
-    groups = 1 if moments is None else moments.groups
-    size = _ROWS if groups == 1 else len(weight)
-    pairs = list(zip(weight.split(size), chosen.weight.split(size), strict=True))
-    whole = sum(_square(w, moments) for w, _ in pairs)
-    return sum(_square(c - w, moments) for w, c in pairs) / whole if whole > 0 else 0.0
-
-
-def _square(x: Tensor, moments: Moments | None) -> float:
-    if moments is None or not moments.seen:
-        return float(x.square().sum())
-    rows = x.view(moments.groups, -1, x.shape[1])
-    return float(((rows @ moments.hessian) * rows).sum())
 
 
 def _lines(

@@ -61,7 +61,7 @@ def _observe(
     for index, found in enumerate(folds):
         waiting.append((found, _moments(model, found, [n for n in found.consumers if n in wanted])))
         held = sum(
-            m.products.nbytes for _, seen in waiting for m in {id(m): m for m in seen.values()}.values()
+            m.hessian.nbytes for _, seen in waiting for m in {id(m): m for m in seen.values()}.values()
         )
         if held < _MEMORY and index < len(folds) - 1:
             continue

@@ -62,22 +62,28 @@ class Folder(Protocol):
         """
 
 
-def shipped_weight(layer: Any) -> Tensor:
-    """The weight of a prepared layer as it ships, float32 (rows, width)."""
+def shipped_weight(layer: Any, rows: slice = slice(None)) -> Tensor:
+    """Rows of the weight of a prepared layer as they ship, float32 (rows, width)."""
     folded = layer.folded()[0] if hasattr(layer, "folded") else layer.weight
-    weight: Tensor = folded.detach().float().flatten(1).clone()  # as writing changes the layer in place
-    return weight
+    weight: Tensor = folded.detach()[rows].float().flatten(1)
+    return weight.clone()  # as writing changes the layer in place
 
 
 @torch.no_grad()
-def write(layer: Any, chosen: Chosen) -> None:
-    """Give a prepared layer the integers that were chosen: its weight becomes what they stand for, and its
-    fake-quantizer keeps the scales, on which rounding to nearest gives these integers again."""
-    weight = chosen.weight.view(layer.weight.shape)
+def write_rows(layer: Any, rows: slice, chosen: Tensor) -> None:
+    """Rows of a prepared layer's weight become what was chosen, float32 (rows, width)."""
+    weight = chosen.view(layer.weight[rows].shape)
     if getattr(layer, "norm", ()):  # what is left of it is multiplied by the folded batch norm's factor
         factor = layer._scaled(torch.ones_like(weight), layer._factor())
         # A channel that the norm switches off stays as it is.
         weight = torch.where(factor.abs() > _SMALLEST_FACTOR, weight / factor, layer.weight.float())
-    layer.weight.data.copy_(weight)
+    layer.weight.data[rows] = weight.to(layer.weight.dtype)
+
+
+def fix(layer: Any, scale: Tensor, zero_point: Tensor) -> None:
+    """A prepared layer's fake-quantizer keeps the scales of its whole weight, on which rounding what was
+    written to nearest gives the same integers again."""
     precision = getattr(torch, layer.weight_fake_quantizer.scheme.scale_dtype)
-    layer.weight_fake_quantizer.fixed = (chosen.scale.to(precision), chosen.zero_point)
+    if not bool(zero_point.any()):  # one zero stands for as many as there are scales
+        zero_point = zero_point.new_zeros(()).expand(zero_point.shape)
+    layer.weight_fake_quantizer.fixed = (scale.to(precision), zero_point)

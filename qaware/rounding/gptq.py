@@ -25,38 +25,26 @@ from qaware.roundings import Gptq, Mse
 _MORE = 10.0
 _LEAST_DAMPING = 1e-4
 _TRIES = 5
+_ROWS = 256
 
 
 def choose(weight: Tensor, grid: Grid, step: Gptq, moments: Moments | None) -> Chosen:
     """Integers whose errors make up for each other on the calibration data; without any, those of ``mse``."""
     if moments is None:
         return _nearest(weight, grid, step, None, "mse, as no input was seen")
-    found = _factor(moments.hessian, step)
+    if step not in moments.worked_out:
+        moments.worked_out[step] = _factor(moments.hessian, step)
+    found = moments.worked_out[step]
     if found is None:
         return _nearest(weight, grid, step, moments, "mse, as its Hessian has no inverse")
-    size = grid.rows_at_once(weight) if moments.groups == 1 else len(weight)
-    parts = [_rows(part, grid, step, moments, found) for part in weight.split(size)]
-    damping = found[2]
-    note = "" if damping == step.damping else f"damping {damping:g}, as its Hessian is singular"
-    rounded, scale, zero_point, target = (
-        part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True)
-    )
-    return Chosen(rounded, scale, zero_point, note, target)
-
-
-def _rows(
-    weight: Tensor, grid: Grid, step: Gptq, moments: Moments, found: tuple[Tensor, Tensor, float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rounded weight, scale, zero point and target of some rows."""
     factor, order, damping = found
-    hessian = _damped(moments.hessian.double(), damping)
-    target = _target(weight, moments, hessian) if step.correct else weight
-    hessian = hessian.float()
+    target = _target(weight, moments, factor, order) if step.correct else weight
     work = _Work(target, grid, step, mse.importance(weight, moments))
     work.run(factor, order)
-    problem = Problem(target, hessian, grid)
+    problem = Problem(target, moments.hessian, _ridge(moments.hessian, damping), grid)
     rounded, scale = polish(problem, work.rounded, work.scale, work.zero_point, step.polish)
-    return rounded, scale, work.zero_point, target
+    note = "" if damping == step.damping else f"damping {damping:g}, as its Hessian is singular"
+    return Chosen(rounded, scale, work.zero_point, note, target)
 
 
 def _nearest(weight: Tensor, grid: Grid, step: Gptq, moments: Moments | None, why: str) -> Chosen:
@@ -69,49 +57,56 @@ def _factor(hessian: Tensor, step: Gptq) -> tuple[Tensor, Tensor, float] | None:
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     columns = torch.arange(hessian.shape[1], device=hessian.device).expand(diagonal.shape)
     order = diagonal.argsort(dim=1, descending=True, stable=True) if step.act_order else columns
-    ordered = hessian
-    if step.act_order:
-        ordered = ordered.gather(1, order.unsqueeze(2).expand_as(hessian))
-        ordered = ordered.gather(2, order.unsqueeze(1).expand_as(hessian))
     damping = step.damping
     for _ in range(_TRIES):
-        upper = _inverse_factor(_damped(ordered.double(), damping))
+        damped = _ordered(hessian, order)
+        damped.diagonal(dim1=1, dim2=2).add_(_ridge(damped, damping))
+        upper = _inverse_factor(damped)
         if upper is not None:
             return upper.float(), order, damping
         damping = max(damping, _LEAST_DAMPING) * _MORE
     return None
 
 
+def _ordered(hessian: Tensor, order: Tensor) -> Tensor:
+    """``hessian`` with its rows and columns in ``order``, float64; some rows at a time, as nothing that GPTQ
+    holds is larger."""
+    ordered = torch.empty_like(hessian, dtype=torch.float64)
+    for group, places in enumerate(order):
+        for rows, found in zip(places.split(_ROWS), ordered[group].split(_ROWS), strict=True):
+            found.copy_(hessian[group][rows][:, places])
+    return ordered
+
+
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """The upper Cholesky factor of the inverse, where there is one; no more than two matrices are held."""
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    del matrix
+    """The upper Cholesky factor of the inverse of ``matrix``, where there is one, in its memory."""
+    work = matrix.mT  # the same numbers in the order that LAPACK works in without a copy
+    failed = torch.empty(len(work), dtype=torch.int32, device=work.device)
+    torch.linalg.cholesky_ex(work, out=(work, failed))
     if bool(failed.any()):
         return None
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if bool(failed.any()) or not bool(upper.isfinite().all()) else upper
+    torch.cholesky_inverse(work, out=work)
+    torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
+    return None if bool(failed.any()) or not bool(work.sum().isfinite()) else work
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """``hessian``, changed in place: a share of its mean diagonal, or 1 where nothing but zeros was seen, is
-    added to its diagonal."""
+def _ridge(hessian: Tensor, damping: float) -> Tensor:
+    """What damping adds to the diagonal, (groups, 1): a share of its mean, or 1 where nothing but zeros was
+    seen."""
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    hessian.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, damping * mean, 1.0))
-    return hessian
+    return torch.where(mean > 0, damping * mean, 1.0)
 
 
-def _target(weight: Tensor, moments: Moments, hessian: Tensor) -> Tensor:
+def _target(weight: Tensor, moments: Moments, factor: Tensor, order: Tensor) -> Tensor:
     """The real weight whose output from what enters is nearest to the float model's, ``weight`` itself where
-    that is not known; float32 (rows, width). ``hessian`` is the damped one, float64."""
-    cross = moments.cross
-    if cross is None:
+    that is not known; float32 (rows, width). The others are what :func:`_factor` gives."""
+    if moments.drift is None:
         return weight
-    grouped = weight.double().view(moments.groups, -1, weight.shape[1])
-    right = grouped @ cross.double().sub_(moments.hessian).add_(hessian)
-    best: Tensor = torch.linalg.solve(hessian, right, left=False)
-    return best.float().view_as(weight)
+    # weight @ E[y x^T] @ inverse of the Hessian E[x x^T], with y = x + (y - x).
+    pull = weight.view(moments.groups, -1, weight.shape[1]) @ moments.drift
+    columns = order.unsqueeze(1).expand_as(pull)
+    moved = pull.gather(2, columns) @ factor.mT @ factor
+    return weight + torch.empty_like(moved).scatter_(2, columns, moved).view_as(weight)
 
 
 class _Work:

@@ -10,7 +10,7 @@ from torch import Tensor
 from qaware.engines.levels import fake_quantize
 from qaware.scheme import Scheme
 
-_NUMBERS = 1 << 20
+_NUMBERS = 1 << 18
 
 
 class Grid:
@@ -31,7 +31,8 @@ class Grid:
         self.offset = 0.5 if self.scheme.is_stretched else 0.0
         """Half a step where the levels lie between integers."""
         low, high = self.integers
-        self.lopsided = self.scheme.symmetric and not self.offset and low != -high
+        narrowed = self.scheme.level_set is None and low == -high
+        self.lopsided = self.scheme.symmetric and not self.scheme.is_mirrored and not narrowed
         """Whether a scale below zero is another grid: its longer side is the other one."""
 
     def qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ class Grid:
         their size."""
         if self.scheme.per_tensor:
             return len(weight)
-        return max(_NUMBERS // weight.shape[1], 2 * weight.shape[1])
+        return max(_NUMBERS // weight.shape[1], 1)
 
     def widest(self, weight: Tensor) -> Tensor:
         """The legal scale of the largest absolute value, for ``weight`` (blocks, weights of a block):

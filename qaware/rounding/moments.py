@@ -13,16 +13,17 @@ from qaware.errors import QawareError
 
 
 class Moments:
-    """Sums over the rows (samples, width) that a layer multiplies its weight with.
+    """Means over the rows (samples, width) that a layer multiplies its weight with: sums, until
+    :meth:`reduce` makes means of them in place.
 
     For a convolution a row is one patch; a grouped one has its own rows for each group.
     """
 
     reduction: ClassVar[dict[str, str]] = {
         "count": "sum",
-        "total": "sum",
-        "products": "sum",
-        "crossed": "sum",
+        "mean": "sum",
+        "hessian": "sum",
+        "drift": "sum",
         "exact": "sum",
     }
 
@@ -38,42 +39,48 @@ class Moments:
         device = self.layer.weight.device
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         """Samples."""
-        self.total = torch.zeros(self.groups, width, device=device)
-        """float32 (groups, width): sums."""
-        self.products = torch.zeros(self.groups, width, width, device=device)
-        """float32 (groups, width, width): sums of products."""
-        self.crossed: Tensor | None = torch.zeros_like(self.products) if beside else None
-        """float32 (groups, width, width): sums of products of what enters in the float model with what
-        enters."""
-        self.exact: Tensor | None = torch.zeros_like(self.total) if beside else None
-        """float32 (groups, width): sums of what enters in the float model."""
+        self.mean = torch.zeros(self.groups, width, device=device)
+        """float32 (groups, width)."""
+        self.hessian = torch.zeros(self.groups, width, width, device=device)
+        """float32 (groups, width, width): of x x^T, which is, up to a factor, the Hessian of the squared
+        error of the output with respect to a row of the weight."""
+        self.drift: Tensor | None = torch.zeros_like(self.hessian) if beside else None
+        """float32 (groups, width, width): of (y - x) x^T, with y what enters in the float model; None where
+        that was not looked at."""
+        self.exact: Tensor | None = torch.zeros_like(self.mean) if beside else None
+        """float32 (groups, width): of y, where that was looked at."""
+        self.worked_out: dict[Any, Any] = {}
+        """What a step made of these, by the step, for all rows of the layers that share them."""
 
     def look(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Add what enters the layer, in the shape that it takes, and, where it is wanted, what enters it in
         the float model."""
         rows = patches(self.layer, x.detach().float())
         self.count += rows.shape[1]
-        self.total += rows.sum(1)
-        self.products += rows.transpose(1, 2) @ rows
-        if self.crossed is not None and self.exact is not None:
+        self.mean += rows.sum(1)
+        self.hessian += rows.transpose(1, 2) @ rows
+        if self.drift is not None and self.exact is not None:
             other = rows if exact is None else patches(self.layer, exact.detach().float())
-            self.crossed += other.transpose(1, 2) @ rows
             self.exact += other.sum(1)
+            if exact is not None:
+                self.drift += (other - rows).transpose(1, 2) @ rows
 
     def reduce(self, name: str) -> None:
-        """Make the sums those of all ranks.
+        """Make the sums means over the rows of all ranks.
 
         Raises:
             QawareError: layer ``name`` saw NaN or infinity.
         """
+        sums = [getattr(self, key) for key in self.reduction if getattr(self, key) is not None]
         if dist.is_available() and dist.is_initialized():
-            for key in self.reduction:
-                if getattr(self, key) is not None:
-                    dist.all_reduce(getattr(self, key))
-        if not bool(self.products.isfinite().all()):
+            for each in sums:
+                dist.all_reduce(each)
+        if not all(bool(end.isfinite()) for end in self.hessian.aminmax()):
             raise QawareError(
                 f"{name}: calibration gave NaN or infinity as its input; look for broken samples in the data"
             )
+        for each in sums[1:]:
+            each /= self.count.clamp(min=1).float()
 
     @property
     def seen(self) -> bool:
@@ -81,26 +88,9 @@ class Moments:
         return bool(self.count > 0)
 
     @property
-    def hessian(self) -> Tensor:
-        """float32 (groups, width, width): the mean of x x^T, which is, up to a factor, the Hessian of the
-        squared error of the output with respect to a row of the weight."""
-        return self.products / self.count.clamp(min=1).float()
-
-    @property
-    def cross(self) -> Tensor | None:
-        """float32 (groups, width, width): the mean of y x^T, with y what enters in the float model; None
-        where that was not looked at."""
-        return None if self.crossed is None else self.crossed / self.count.clamp(min=1).float()
-
-    @property
-    def mean(self) -> Tensor:
-        """float32 (groups, width)."""
-        return self.total / self.count.clamp(min=1).float()
-
-    @property
     def exact_mean(self) -> Tensor:
         """float32 (groups, width): the mean of what enters in the float model, where that was looked at."""
-        return self.mean if self.exact is None else self.exact / self.count.clamp(min=1).float()
+        return self.mean if self.exact is None else self.exact
 
 
 def patches(layer: Any, x: Tensor) -> Tensor:

@@ -25,17 +25,8 @@ _ENDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
 
 def choose(weight: Tensor, grid: Grid, step: Mse, moments: Moments | None) -> Chosen:
     """The nearest values on the scales of :func:`search`."""
-    size = grid.rows_at_once(weight) if moments is None or moments.groups == 1 else len(weight)
-    parts = [_choose(part, grid, step, moments) for part in weight.split(size)]
-    rounded, scale, zero_point = (
-        torch.cat(part) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)
-    )
-    return Chosen(rounded, scale, zero_point)
-
-
-def _choose(weight: Tensor, grid: Grid, step: Mse, moments: Moments | None) -> tuple[Tensor, Tensor, Tensor]:
     scale, zero_point = search(weight, grid, step, importance(weight, moments))
-    return grid.round(weight, scale, zero_point), scale, zero_point
+    return Chosen(grid.round(weight, scale, zero_point), scale, zero_point)
 
 
 def importance(weight: Tensor, moments: Moments | None) -> Tensor:

@@ -7,6 +7,7 @@ least squares.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from qaware.rounding.grid import Grid
 
 _BLOCK = 128
 _RIDGE = 1e-6
-_NUMBERS = 1 << 19
+_NUMBERS = 1 << 17
 """Of the equations for scales that are solved at once."""
 
 
@@ -27,13 +28,21 @@ class Problem:
     target: Tensor
     """float32 (rows, width)."""
     hessian: Tensor
-    """float32 (groups, width, width), positive definite."""
+    """float32 (groups, width, width)."""
+    ridge: Tensor
+    """float32 (groups, 1), is added to its diagonal, which makes it positive definite."""
     grid: Grid
 
     def error(self, rounded: Tensor) -> Tensor:
         """Of each row, (rows, 1)."""
         left = self.grouped(rounded - self.target)
-        return ((left @ self.hessian) * left).sum(2).view(-1, 1)
+        return (self.times(left) * left).sum(2).view(-1, 1)
+
+    def times(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        """``x`` (groups, rows of a group, columns) times these rows of the Hessian with its ridge."""
+        product = x @ self.hessian[:, columns]
+        product[:, :, columns] += x * self.ridge.unsqueeze(2)
+        return product
 
     def grouped(self, x: Tensor) -> Tensor:
         """(groups, rows of a group, ...) of (rows, ...)."""
@@ -66,12 +75,14 @@ def polish(
 def _sweep(problem: Problem, rounded: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Each column, in turn, is what is best with all others as they are."""
     rounded, size = rounded.clone(), rounded.shape[1] // scale.shape[1]
-    hessian, values = problem.hessian, problem.grouped(rounded)
-    pull = problem.grouped(problem.target - rounded) @ hessian
+    values = problem.grouped(rounded)
+    pull = problem.times(problem.grouped(problem.target - rounded))
     for start in range(0, rounded.shape[1], _BLOCK):
-        part = hessian[:, start : start + _BLOCK, start : start + _BLOCK]
-        near = pull[:, :, start : start + _BLOCK]
-        before = values[:, :, start : start + _BLOCK].clone()
+        columns = slice(start, start + _BLOCK)
+        part = problem.hessian[:, columns, columns].clone()
+        part.diagonal(dim1=1, dim2=2).add_(problem.ridge)
+        near = pull[:, :, columns]
+        before = values[:, :, columns].clone()
         for index in range(part.shape[1]):
             column = start + index
             best = values[:, :, column] + near[:, :, index] / part[:, index, index].unsqueeze(1)
@@ -80,9 +91,9 @@ def _sweep(problem: Problem, rounded: Tensor, scale: Tensor, zero_point: Tensor)
             found = problem.grid.round(best.reshape(-1, 1), *qparams).view_as(best)
             near -= (found - values[:, :, column]).unsqueeze(2) * part[:, index].unsqueeze(1)
             values[:, :, column] = found
-        change = values[:, :, start : start + _BLOCK] - before
+        change = values[:, :, columns] - before
         near += change @ part  # taken back, as the next line takes it from all columns
-        pull -= change @ hessian[:, start : start + _BLOCK]
+        pull -= problem.times(change, columns)
     return values.reshape(rounded.shape)
 
 
@@ -92,7 +103,7 @@ def _fitted(problem: Problem, rounded: Tensor, scale: Tensor) -> Tensor:
     if len(problem.hessian) > 1 or problem.grid.scheme.per_tensor or count >= len(scale):
         return _fit(problem, rounded, scale)
     rows = zip(problem.target.split(count), rounded.split(count), scale.split(count), strict=True)
-    return torch.cat([_fit(Problem(t, problem.hessian, problem.grid), r, s) for t, r, s in rows])
+    return torch.cat([_fit(dataclasses.replace(problem, target=t), r, s) for t, r, s in rows])
 
 
 def _fit(problem: Problem, rounded: Tensor, scale: Tensor) -> Tensor:
@@ -102,7 +113,7 @@ def _fit(problem: Problem, rounded: Tensor, scale: Tensor) -> Tensor:
     right = torch.empty_like(scale, dtype=torch.float64)
     for block in range(scale.shape[1]):
         part = slice(block * levels.shape[2], (block + 1) * levels.shape[2])
-        moved = (problem.grouped(levels[:, block]) @ problem.hessian[:, part]).flatten(0, 1)
+        moved = problem.times(problem.grouped(levels[:, block]), part).flatten(0, 1)
         matrix[:, block] = (moved.view_as(levels) * levels).sum(2)
         right[:, block] = (moved * problem.target).sum(1)
     if problem.grid.scheme.per_tensor:

@@ -37,6 +37,11 @@ class Run(NamedTuple):
 class Enough(Exception):
     """Ends a call when all that is looked at was seen."""
 
+    def forget(self) -> None:
+        """Let go of what was computed on the way: frames that hold the exception, which holds them, would
+        keep it until the next collection of garbage."""
+        self.__traceback__ = None
+
 
 @torch.no_grad()
 def replay(
@@ -68,8 +73,8 @@ def replay(
             waiting.update(names)
             try:
                 call.run(model)
-            except Enough:
-                continue
+            except Enough as enough:
+                enough.forget()
     finally:
         for handle in handles:
             handle.remove()

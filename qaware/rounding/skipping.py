@@ -50,7 +50,8 @@ def output_of(model: nn.Module, call: Call, block: str) -> Any:
     with _instead(model, {block: look}):
         try:
             call.run(model)
-        except Enough:
+        except Enough as enough:
+            enough.forget()
             return found[0]
     raise LookupError(block)
 

@@ -49,9 +49,14 @@ class Walk:
             groups = groups_in_order(self.model, self.recording, names)
         order = self._in_order(blocks, ran, groups)
         for index, group in enumerate(groups):
-            yield group, self.observe(group)
+            seen = self.observe(group)
+            more = index < len(groups) - 1  # after the last group nothing runs
+            if self.beside is not None and more:
+                for name in group.names:
+                    self.beside.keep(name)
+            yield group, seen
             for block in order:
-                if order[block] == index < len(groups) - 1:
+                if more and order[block] == index:
                     self._finish(block)
 
     def observe(self, group: Group) -> Seen:

@@ -67,6 +67,7 @@ def seen(layer: nn.Module, *batches: Tensor) -> Moments:
     moments = Moments(layer)
     for batch in batches:
         moments.look(batch)
+    moments.reduce("layer")
     return moments
 
 

@@ -48,3 +48,21 @@ def test_what_is_forgotten_stays_rounded() -> None:
     beside.forget("up")
     with beside.running():
         assert torch.equal(model.up.weight, 2 * before)
+
+
+def test_of_a_table_only_the_rows_that_are_looked_up_are_kept() -> None:
+    model = net()
+    expected = ran(copy.deepcopy(model))
+    prepare(model, recipe("gptq"))
+    set_fake_quant(model, True)
+    beside = Beside(model, None)
+    used = ids()[0].unique()
+    assert len(used) < len(model.embed.weight)
+    beside.keep("embed", used)
+    model.embed.weight.data.mul_(2)
+    model.embed.weight.data[: int(used[0])] = float("nan")
+    table = model.embed.weight.detach().clone()
+    with beside.running():
+        model.embed.weight.data.nan_to_num_()
+        assert torch.equal(ran(model), expected)
+    assert torch.equal(model.embed.weight[used], table[used])

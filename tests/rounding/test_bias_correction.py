@@ -27,6 +27,7 @@ def test_what_the_layers_before_took_is_given_back() -> None:
     layer, exact = nn.Linear(64, 12), inputs() + 3
     moments = Moments(layer, beside=True)
     moments.look(exact - 1, exact)
+    moments.reduce("layer")
     before = layer(exact).mean(0)
     correct_bias(layer, layer.weight, layer.weight, moments)
     torch.testing.assert_close(layer(exact - 1).mean(0), before, atol=1e-3, rtol=1e-4)

@@ -138,6 +138,7 @@ def test_makes_up_for_the_rounding_before_it() -> None:
     moments = Moments(nn.Linear(64, 12), beside=True)
     for part, other in zip(x.split(500), exact.split(500), strict=True):
         moments.look(part, other)
+    moments.reduce("layer")
     found = {
         c: gptq.choose(weight, made, Gptq(correct=c, damping=1e-4), moments).weight for c in (True, False)
     }

@@ -11,12 +11,25 @@ from qaware.errors import QawareError
 from qaware.rounding.moments import Moments, patches
 
 
-def test_sums_over_batches() -> None:
+def test_means_over_batches() -> None:
     x = inputs(40, 16)
     moments = seen(nn.Linear(16, 3), x[:10].view(2, 5, 16), x[10:])
     torch.testing.assert_close(moments.mean[0], x.mean(0), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(moments.hessian[0], x.T @ x / 40, atol=1e-3, rtol=1e-4)
     assert float(moments.count) == 40
+
+
+def test_drift_is_what_the_float_model_has_more() -> None:
+    x, exact = inputs(40, 16), inputs(40, 16, seed=2)
+    moments = Moments(nn.Linear(16, 3), beside=True)
+    moments.look(x[:20], exact[:20])
+    moments.look(x[20:])  # nothing was seen there
+    moments.reduce("layer")
+    assert moments.drift is not None
+    wanted = (exact - x)[:20].T @ x[:20] / 40
+    torch.testing.assert_close(moments.drift[0], wanted, atol=1e-3, rtol=1e-4)
+    entered = torch.cat([exact[:20], x[20:]]).mean(0)
+    torch.testing.assert_close(moments.exact_mean[0], entered, atol=1e-5, rtol=1e-4)
 
 
 LAYERS = [
@@ -42,7 +55,8 @@ def test_patches_times_the_weight_are_the_output(layer: nn.Module, shape: tuple[
 
 
 def test_broken_input_names_the_layer() -> None:
-    moments = seen(nn.Linear(4, 2), torch.tensor([[1.0, float("nan"), 0, 0]]))
+    moments = Moments(nn.Linear(4, 2))
+    moments.look(torch.tensor([[1.0, float("nan"), 0, 0]]))
     with pytest.raises(QawareError, match=r"blocks\.3\.up: calibration gave NaN"):
         moments.reduce("blocks.3.up")
 

@@ -15,7 +15,7 @@ from qaware.roundings import Mse
 
 def problem(width: int = 64, **scheme: Any) -> Problem:
     x, weight = inputs(width=width), weights(width=width)
-    return Problem(weight, (x.T @ x / len(x) + torch.eye(width)).unsqueeze(0), grid(**scheme))
+    return Problem(weight, (x.T @ x / len(x)).unsqueeze(0), torch.ones(1, 1), grid(**scheme))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
@@ -64,7 +64,7 @@ def test_scales_are_those_of_least_squares() -> None:
     wrong = start.scale * 1.1
     rounded = levels * wrong.repeat_interleave(16, 1)
     fitted, _ = polish(made, rounded, wrong, start.zero_point, 2)
-    root = torch.linalg.cholesky(made.hessian[0])
+    root = torch.linalg.cholesky(made.hessian[0] + torch.eye(64))
     basis = torch.block_diag(*levels[0].view(4, 16)) @ root
     best = torch.linalg.lstsq(basis.T, (made.target[0] @ root).unsqueeze(1)).solution
     ideal = made.error((levels[0].view(4, 16) * best).view(1, 64).expand(12, 64))[0]
