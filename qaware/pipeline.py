@@ -23,7 +23,7 @@ from qaware.errors import ParityError, QawareError
 from qaware.exporters.artifact import Artifact, sidecar_path
 from qaware.exporters.base import Exporter, first_line
 from qaware.exporters.isolated import IsolatedRunner
-from qaware.files import write_json
+from qaware.files import replace, write_json
 from qaware.layers import LayerReport, float_twin, layer_report
 from qaware.measuring import Beside, Measured, Measurement
 from qaware.metrics.remembered import Remembered
@@ -210,7 +210,7 @@ class Pipeline:
         except ParityError as error:
             path = self.folder / f"{self.label.replace(' ', '-')}{exporter.suffix}"
             for file in (path, sidecar_path(path)):
-                file.rename(file.with_name(file.name + ".rejected"))
+                replace(file, file.with_name(file.name + ".rejected"))
             where = self._first_difference(exporter, result.model)
             raise ParityError(f"{error}; {where}" if where else str(error)) from None
 

@@ -1,4 +1,4 @@
-"""An exported file together with what made it, kept beside it as JSON."""
+"""An exported file or folder together with what made it, kept beside it as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qaware.files import sha256, write_json
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file for one runtime and its sidecar ``<file>.json``."""
+    """A file, or a folder of files, for one runtime and its sidecar ``<name>.json``."""
 
     path: Path
     runtime: str
@@ -40,7 +40,7 @@ class Artifact:
 
     @property
     def sidecar(self) -> Path:
-        """Path of the JSON beside the file."""
+        """Path of the JSON beside the file or folder."""
         return sidecar_path(self.path)
 
     def save(self) -> None:
@@ -56,7 +56,7 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """Read the sidecar and check the file against it.
+        """Read the sidecar and check the file, or every file of the folder, against it.
 
         The digest finds damage and mix-ups. It is no protection from somebody who can write both files.
 
@@ -64,8 +64,9 @@ class Artifact:
             QawareError: file or sidecar missing or unreadable, or the file is not the one it describes.
         """
         path = Path(path)
-        if not path.is_file():
-            raise QawareError(f"{path}: no such artifact")
+        if not path.is_file() and not is_artifact_folder(path):
+            what = f" (a folder without {path.name}.json beside it)" if path.is_dir() else ""
+            raise QawareError(f"{path}: no such artifact{what}")
         data = _read(sidecar_path(path))
         found = sha256(path)
         if found != data["sha256"]:
@@ -79,6 +80,11 @@ class Artifact:
 def sidecar_path(path: Path) -> Path:
     """``model.pte`` to ``model.pte.json``."""
     return path.with_name(path.name + ".json")
+
+
+def is_artifact_folder(path: Path) -> bool:
+    """Whether it is a folder with a sidecar beside it."""
+    return path.is_dir() and bool(path.name) and sidecar_path(path).is_file()
 
 
 def _read(sidecar: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every exporter is: it refuses what its runtime cannot hold, writes a file, and loads it."""
+"""What every exporter is: it refuses what its runtime cannot hold, writes a file or folder, and loads it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
-from qaware.exporters.artifact import Artifact
+from qaware.exporters.artifact import Artifact, is_artifact_folder
 from qaware.exporters.generation import cache_of, why_no_cache
 from qaware.exporters.grids import require_grids
 from qaware.exporters.signature import Signature
-from qaware.files import atomic, sha256
+from qaware.files import atomic, sha256, size
 from qaware.plan import Decision, Plan
 
 Runner = Callable[..., Tensor]
@@ -63,7 +63,7 @@ class Exporter(abc.ABC):
 
     name: ClassVar[str]
     suffix: ClassVar[str]
-    """Of the file, with the dot."""
+    """Of the file or folder, with the dot."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Import names that must be installed."""
     extra: ClassVar[str] = ""
@@ -88,16 +88,21 @@ class Exporter(abc.ABC):
         """Why this runtime cannot hold the plan as a whole, or None."""
         return None
 
+    def unpacks(self, decision: Decision) -> str | None:
+        """Why one layer that this runtime holds is multiplied in float, as for the support matrix, or None
+        where the stored numbers are; of an exporter that does not say, that."""
+        return f"what {self.name} multiplies is not said by its exporter"
+
     @abc.abstractmethod
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
     ) -> Written | None:
-        """Lower ``quantized`` (a deep copy, free to change) and write the file to ``path``; return what is
-        worth telling about it."""
+        """Lower ``quantized`` (a deep copy, free to change) and write a file, or a new folder of files, at
+        ``path``; return what is worth telling about it."""
 
     @abc.abstractmethod
     def open(self, path: Path, signature: Signature) -> Runner:
-        """Load a file in this process. Inputs are validated by the caller."""
+        """Load a file or folder in this process. Inputs are validated by the caller."""
 
     def tolerance_for(self, plan: Plan) -> Tolerance:
         """The tolerance for ``plan``; a runtime that rounds no activation can be held to a tighter one."""
@@ -124,15 +129,18 @@ class Exporter(abc.ABC):
         Args:
             quantized: the converted model.
             example: one tensor for each input of ``signature``.
-            path: where to; the suffix is the exporter's own.
+            path: where to; the suffix is the exporter's own. What an export wrote there before is replaced.
             metadata: kept in the sidecar.
 
         Raises:
             QawareError: the package is missing, the disk is full, the plan is of other grids than the
-                integers, or the runtime's tools refuse the model (their message is carried over).
+                integers, ``path`` is a folder of something else, or the runtime's tools refuse the model
+                (their message is carried over).
         """
         if problem := self.missing():
             raise QawareError(problem)
+        if path.is_dir() and not is_artifact_folder(path):
+            raise QawareError(f"{path}: is a folder that no export wrote; choose another path or remove it")
         require_grids(quantized)
         signature.validate(example)
         cached = _about_cache(quantized.module, signature, self.cache_length)
@@ -153,7 +161,7 @@ class Exporter(abc.ABC):
             recipe=recipe,
             layers=layers,
             sha256=sha256(path),
-            bytes=path.stat().st_size,
+            bytes=size(path),
             notes=(*found.notes, *cached.notes, *self.notes(quantized.plan)),
             details={**found.details, **cached.details},
             metadata=metadata or {},

@@ -1,4 +1,4 @@
-"""OpenVINO: its IR, two files in one archive, with integers of 4 or 8 bits as compressed constants."""
+"""OpenVINO: its IR, two files in a folder, with integers of 4 or 8 bits as compressed constants."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qaware.plan import Decision, Plan
 
 
 class OpenVINOExporter(Exporter):
-    """``model.xml`` and ``model.bin`` in a zip archive, to be unpacked where an app reads them."""
+    """A folder with ``model.xml`` and ``model.bin``, which an app reads as they are."""
 
     name = "openvino"
-    suffix = ".openvino.zip"
+    suffix = ".openvino"
     packages = ("openvino", "onnx", "onnxscript")
     extra = "openvino"
     tolerance = Tolerance(relative=1e-5, kl=1e-8, reason="float32 sums in another order: 3e-7 on one layer")
@@ -74,12 +74,12 @@ class OpenVINOExporter(Exporter):
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
     ) -> Written:
-        """Trace to ONNX, convert, put the integers of 4 bits in two to a byte, and write the archive."""
-        from qaware.exporters.openvino_files import write_archive
+        """Trace to ONNX, convert, put the integers of 4 bits in two to a byte, and save."""
+        from qaware.exporters.openvino_files import write_folder
 
         cache = cache_of(quantized.module, signature, self.cache_length)
         to_float32(quantized)
-        write_archive(quantized.module, use_plain(quantized), example, signature, cache, path)
+        write_folder(quantized.module, use_plain(quantized), example, signature, cache, path)
         return Written()
 
     def reference(self, quantized: QuantizedModel) -> nn.Module:
@@ -90,11 +90,11 @@ class OpenVINOExporter(Exporter):
         return work.module
 
     def open(self, path: Path, signature: Signature) -> Runner:
-        """Load an archive.
+        """Load a folder.
 
         Raises:
             QawareError: OpenVINO cannot read it or its inputs are not those of ``signature``.
         """
-        from qaware.exporters.openvino_files import open_archive
+        from qaware.exporters.openvino_files import open_folder
 
-        return open_archive(path, signature)
+        return open_folder(path, signature)

@@ -1,11 +1,9 @@
-"""An archive of OpenVINO's IR: how it is written, and how it is run."""
+"""A folder of OpenVINO's IR: how it is written, and how it is run."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,10 @@ from qaware.exporters.signature import Signature
 
 _CACHE = "cache.json"
 _MODEL, _WEIGHTS = "model.xml", "model.bin"
-_DATE = (1980, 1, 1, 0, 0, 0)
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
-def write_archive(
+def write_folder(
     module: nn.Module,
     bits: dict[str, int],
     example: tuple[Tensor, ...],
@@ -35,7 +32,7 @@ def write_archive(
     cache: CacheSpec | None,
     path: Path,
 ) -> None:
-    """Write ``path``.
+    """Write the folder ``path``.
 
     Args:
         module: with the layers of ``use_plain``.
@@ -44,23 +41,17 @@ def write_archive(
     """
     import openvino
 
-    with tempfile.TemporaryDirectory() as folder:
-        traced, xml = Path(folder) / "traced.onnx", Path(folder) / _MODEL
-        write_onnx(module, example, signature, cache, traced)
-        model = openvino.Core().read_model(str(traced))
-        narrow = {f"module.{name}." for name, width in bits.items() if width == HALF_BYTE}
-        held = _narrow(model, narrow)
-        openvino.save_model(model, str(xml), compress_to_fp16=False)
-        del held
-        with zipfile.ZipFile(path, "w") as archive:
-            _add(archive, _MODEL, xml.read_bytes(), zipfile.ZIP_DEFLATED)
-            _add(archive, _WEIGHTS, xml.with_suffix(".bin").read_bytes(), zipfile.ZIP_STORED)
-            about = None if cache is None else dataclasses.asdict(cache)
-            _add(archive, _CACHE, json.dumps(about).encode(), zipfile.ZIP_STORED)
-
-
-def _add(archive: zipfile.ZipFile, name: str, data: bytes, how: int) -> None:
-    archive.writestr(zipfile.ZipInfo(name, _DATE), data, how)
+    path.mkdir()
+    traced = path / "traced.onnx"
+    write_onnx(module, example, signature, cache, traced)
+    model = openvino.Core().read_model(str(traced))
+    narrow = {f"module.{name}." for name, width in bits.items() if width == HALF_BYTE}
+    held = _narrow(model, narrow)
+    openvino.save_model(model, str(path / _MODEL), compress_to_fp16=False)
+    del held  # whose memory the constants share
+    traced.unlink()
+    about = None if cache is None else dataclasses.asdict(cache)
+    (path / _CACHE).write_text(json.dumps(about), encoding="utf-8")
 
 
 def _narrow(model: Any, prefixes: set[str]) -> list[Any]:
@@ -88,8 +79,8 @@ def _narrow(model: Any, prefixes: set[str]) -> list[Any]:
     return held
 
 
-def open_archive(path: Path, signature: Signature) -> Runner:
-    """Load an archive; it computes in float32 with as many threads as torch.
+def open_folder(path: Path, signature: Signature) -> Runner:
+    """Load a folder; it computes in float32 with as many threads as torch.
 
     Raises:
         QawareError: OpenVINO cannot read it, or its inputs are not those of ``signature``.
@@ -118,10 +109,8 @@ def _compiled(path: Path) -> tuple[Any, dict[str, Any] | None]:
     import openvino
 
     try:
-        with zipfile.ZipFile(path) as archive:
-            xml, weights = archive.read(_MODEL), np.frombuffer(archive.read(_WEIGHTS), np.uint8)
-            cache = json.loads(archive.read(_CACHE))
-        model = openvino.Core().read_model(xml, openvino.Tensor(weights))
+        cache = json.loads((path / _CACHE).read_text(encoding="utf-8"))
+        model = openvino.Core().read_model(path / _MODEL, path / _WEIGHTS)
         settings = {**_EXACT, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         return openvino.Core().compile_model(model, "CPU", settings), cache
     except Exception as error:

@@ -89,8 +89,9 @@ def test_a_file_cut_short_is_found(artifact: Artifact, content: bytes) -> None:
 def test_missing_files_are_named(artifact: Artifact, tmp_path: Path) -> None:
     with pytest.raises(QawareError, match=r"other\.bin: no such artifact"):
         Artifact.open(tmp_path / "other.bin")
-    with pytest.raises(QawareError, match="no such artifact"):
-        Artifact.open(tmp_path)
+    for folder in (tmp_path, Path("."), Path("/")):
+        with pytest.raises(QawareError, match=r"no such artifact.*without .*json beside it"):
+            Artifact.open(folder)
     artifact.sidecar.unlink()
     with pytest.raises(
         QawareError, match=r"model\.bin\.json: cannot be read \(No such file.*export the artifact again"
@@ -145,3 +146,22 @@ def test_sidecar_path_keeps_the_suffix() -> None:
 def test_an_artifact_does_not_change(artifact: Artifact) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         artifact.bytes = 1  # type: ignore[misc]
+
+
+def test_a_folder_is_opened_as_a_whole(artifact: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / "model.parts"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "one").write_bytes(b"1")
+    (folder / "sub" / "two").write_bytes(b"22")
+    made = dataclasses.replace(artifact, path=folder, sha256=sha256(folder))
+    made.save()
+    assert made.sidecar == tmp_path / "model.parts.json"
+    assert Artifact.open(folder) == made
+    for damage in (
+        lambda: (folder / "sub" / "two").write_bytes(b"23"),
+        lambda: (folder / "more").write_bytes(b""),
+        lambda: (folder / "one").unlink(),
+    ):
+        damage()
+        with pytest.raises(QawareError, match=r"model\.parts: is damaged or was changed"):
+            Artifact.open(folder)

@@ -1,10 +1,10 @@
-"""The OpenVINO exporter: integers in the archive, numbers of every scheme, int8 networks, generation."""
+"""The OpenVINO exporter: integers in the folder, numbers of every scheme, int8 networks, generation."""
 
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def convert(model: nn.Module, scheme: dict[str, Any]) -> QuantizedModel:
 
 
 def export(made: QuantizedModel, folder: Path, signature: Signature, example: Tensor) -> Artifact:
-    return EXPORTER.export(made, (example,), signature, folder / "a.openvino.zip")
+    return EXPORTER.export(made, (example,), signature, folder / "a.openvino")
 
 
 def distance(made: QuantizedModel, artifact: Artifact, *inputs: Tensor) -> Parity:
@@ -69,9 +69,7 @@ def constants(artifact: Artifact) -> dict[str, Any]:
     """Type and values of each constant, read by OpenVINO."""
     import openvino
 
-    with zipfile.ZipFile(artifact.path) as archive:
-        weights = openvino.Tensor(np.frombuffer(archive.read("model.bin"), np.uint8))
-        model = openvino.Core().read_model(archive.read("model.xml"), weights)
+    model = openvino.Core().read_model(artifact.path / "model.xml")
     nodes = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     return {node.get_friendly_name(): values(node) for node in nodes}
 
@@ -120,7 +118,10 @@ def test_language_models(tmp_path: Path, recipe: str) -> None:
     artifact = export(made, tmp_path, SIGNATURE, tokens(1))
     assert distance(made, artifact, *[tokens(n, n) for n in (1, 2, 17, 64)]).relative < NOISE
     assert artifact.notes[0].startswith("scored with INFERENCE_PRECISION_HINT f32")
-    assert sorted(zipfile.ZipFile(artifact.path).namelist()) == ["cache.json", "model.bin", "model.xml"]
+    files = sorted(artifact.path.iterdir())
+    assert [file.name for file in files] == ["cache.json", "model.bin", "model.xml"]
+    assert artifact.bytes == sum(file.stat().st_size for file in files)
+    assert not any(str(tmp_path).encode() in file.read_bytes() for file in files)
     if recipe == "int4-weight-only":
         codes = {name for name in constants(artifact) if name.endswith(".codes")}
         assert not {"module.embed.packed.codes", "module.lm_head.packed.codes"} <= codes, "tied"
@@ -174,19 +175,39 @@ def test_refuses_what_int8_products_have_not(change: dict[str, Any]) -> None:
     assert all("int8-static activations" in p.message and p.nearest is not None for p in problems)
 
 
-@pytest.mark.parametrize("data", [None, b"", b"no archive\n" * 200])
-def test_a_file_that_is_no_archive_is_one_line(tmp_path: Path, data: bytes | None) -> None:
-    path = tmp_path / "a.openvino.zip"
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return export(quantize("int8-weight-only"), tmp_path_factory.mktemp("int8"), SIGNATURE, tokens(3))
+
+
+@pytest.mark.parametrize("data", [None, b"", b"no model\n" * 200], ids=["missing", "empty", "text"])
+@pytest.mark.parametrize("name", ["model.xml", "cache.json", "model.bin"])
+def test_a_damaged_folder_is_one_line(int8: Artifact, tmp_path: Path, name: str, data: bytes | None) -> None:
+    path = tmp_path / "a.openvino"
+    shutil.copytree(int8.path, path)
+    (path / name).unlink()
     if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(QawareError, match=r"^a\.openvino\.zip: OpenVINO cannot load it: "):
+        (path / name).write_bytes(data)
+    with pytest.raises(QawareError, match=r"^a\.openvino: OpenVINO cannot load it: "):
         EXPORTER.open(path, SIGNATURE)
 
 
-def test_errors_while_running_are_one_line(tmp_path: Path) -> None:
-    artifact = export(quantize("int8-weight-only"), tmp_path, SIGNATURE, tokens(3))
+@pytest.mark.parametrize("name", ["model.xml", "model.bin"])
+def test_a_changed_file_in_the_folder_is_found(int8: Artifact, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.openvino"
+    shutil.copytree(int8.path, path)
+    shutil.copy(int8.sidecar, tmp_path)
+    Artifact.open(path)
+    data = bytearray((path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / name).write_bytes(data)
+    with pytest.raises(QawareError, match=r"a\.openvino: is damaged or was changed"):
+        Artifact.open(path)
+
+
+def test_errors_while_running_are_one_line(int8: Artifact) -> None:
     with pytest.raises(QawareError, match="OpenVINO cannot run it: "):
-        EXPORTER.open(artifact.path, SIGNATURE)(torch.zeros(3, 3, 3, 3))
+        EXPORTER.open(int8.path, SIGNATURE)(torch.zeros(3, 3, 3, 3))
     two = Signature((*SIGNATURE.inputs, TensorSpec("more", "float32", (1,))), SIGNATURE.symbols)
     with pytest.raises(QawareError, match="takes 1 inputs, its signature has 2"):
-        EXPORTER.open(artifact.path, two)
+        EXPORTER.open(int8.path, two)
