@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qaware.exporters.isolated import open_artifact
     from qaware.generating import generate
     from qaware.layers import LayerReport, layer_report
+    from qaware.level_plugins import register_levels
     from qaware.mixed.api import search, sensitivity
     from qaware.plan import Decision, Plan
     from qaware.recipe import Recipe, Rule
@@ -58,6 +59,7 @@ _HOME = {
     "prepare": "qaware.callbacks.prepared",
     "quantize": "qaware.api",
     "recipe_names": "qaware.shipped",
+    "register_levels": "qaware.level_plugins",
     "register_rounding": "qaware.rounding_plugins",
     "search": "qaware.mixed.api",
     "sensitivity": "qaware.mixed.api",
@@ -85,6 +87,7 @@ __all__ = [
     "prepare",
     "quantize",
     "recipe_names",
+    "register_levels",
     "register_rounding",
     "search",
     "sensitivity",

@@ -154,16 +154,30 @@ def generate(options: Namespace) -> int:
 def recipes(options: Namespace) -> int:
     """List the named recipes, or print one."""
     from qaware.recipe import Recipe
+    from qaware.recipe_plugins import packaged_names
     from qaware.shipped import preset_names, recipe_names
 
     if options.name is None:
         for name in (*recipe_names(), *preset_names()):
             print(f"{name:<32} {Recipe.load(name).description.strip()}")
+        for name in packaged_names():
+            print(f"{name:<32} {_description(name)}")
         return 0
     import yaml
 
     print(yaml.safe_dump(Recipe.load(options.name).to_dict(), sort_keys=False), end="")
     return 0
+
+
+def _description(name: str) -> str:
+    """Of another package's recipe; a broken one does not hide the others."""
+    from qaware.errors import QawareError
+    from qaware.recipe import Recipe
+
+    try:
+        return Recipe.load(name).description.strip()
+    except QawareError as error:
+        return str(error)
 
 
 def overlay(options: Namespace) -> int:

@@ -32,14 +32,14 @@ def fast_on(decision: Decision) -> str | None:
     """The hardware with kernels for the scheme of a layer; None for layers that stay float or 8 bits, and for
     those of a kind that XNNPACK multiplies anywhere."""
     scheme = decision.scheme
-    if scheme is None or scheme.bits > _LARGEST_LOW or scheme.is_static:
+    if scheme is None or scheme.stored_bits > _LARGEST_LOW or scheme.is_static:
         return None
     if decision.type == "Embedding":
         return None if scheme.symmetric else _arm(scheme, decision.width, _ARM_EMBEDDING)
     if decision.type != "Linear":
         return None
     if scheme.activation == "int8-dynamic":
-        common = scheme.bits <= 4 and scheme.symmetric and scheme.block(decision.width) % _XNNPACK == 0
+        common = scheme.stored_bits <= 4 and scheme.symmetric and scheme.block(decision.width) % _XNNPACK == 0
         return None if common else _arm(scheme, decision.width, _ARM_LINEAR)
     return _gpu(scheme)
 

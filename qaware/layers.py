@@ -166,7 +166,8 @@ def _at_ends(weight: QuantizedWeight, narrow: bool) -> float | None:
         return None
     lowest, highest = weight.scheme.range
     # A symmetric weight that meets integer activations goes without its smallest integer.
-    lowest = -highest if narrow and weight.zero_point is None and highest else lowest
+    narrows = narrow and weight.zero_point is None and highest and weight.scheme.level_set is None
+    lowest = -highest if narrows else lowest
     return float(((weight.data <= lowest) | (weight.data >= highest)).double().mean())
 
 

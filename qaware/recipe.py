@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qaware.errors import QawareError
 from qaware.reading import parse_json, read_json, read_yaml
+from qaware.recipe_plugins import packaged_names, read_packaged
 from qaware.role_rules import rules_of
 from qaware.roles import ROLES
 from qaware.roundings import Step, parse_steps
@@ -148,6 +149,9 @@ class Recipe:
     def hash(self) -> str:
         """First 16 hex digits of the sha256 of what the recipe does (not of its name or description)."""
         does = {k: v for k, v in self.to_dict().items() if k in ("rules", "rounding", "learning")}
+        # What a package's name stands for may change with its version.
+        if sets := {s.levels: s.level_set for rule in self.rules if (s := rule.scheme) and s.level_set}:
+            does["levels"] = sets
         return hashlib.sha256(json.dumps(does, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,10 +211,12 @@ class Recipe:
             return _from_data(read_yaml(path), path.stem)
         if path.suffix == ".json":
             return _from_data(read_json(path), path.stem)
-        known = (*recipe_names(), *preset_names())
-        if str(source) not in known:
-            raise QawareError(f"recipe: {source!r} is not known{_suggest(str(source), known)}")
-        return cls.from_dict(read_shipped(str(source)), name=str(source))
+        if str(source) in (shipped := (*recipe_names(), *preset_names())):
+            return cls.from_dict(read_shipped(str(source)), name=str(source))
+        if (found := read_packaged(str(source))) is not None:
+            return found if isinstance(found, Recipe) else _from_data(found, str(source))
+        known = (*shipped, *packaged_names())
+        raise QawareError(f"recipe: {source!r} is not known{_suggest(str(source), known)}")
 
     def prepend(self, *rules: Rule) -> Recipe:
         """The recipe with ``rules`` in front, where they win over the others."""

@@ -17,10 +17,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any
 
 from qaware.errors import QawareError
+from qaware.plugins import find_plugin, load_plugin, plugin_names
 from qaware.roundings import STEPS, Step
 
 GROUP = "qaware.roundings"
@@ -52,7 +52,7 @@ def register_rounding(name: str, function: Callable[..., Any]) -> None:
 
 def registered_names() -> list[str]:
     """Of functions that were registered or that an installed package has."""
-    return list(dict.fromkeys([*_functions, *(e.name for e in entry_points(group=GROUP))]))
+    return list(dict.fromkeys([*_functions, *plugin_names(GROUP)]))
 
 
 def find_step(name: str) -> type[Step] | None:
@@ -62,15 +62,10 @@ def find_step(name: str) -> type[Step] | None:
         QawareError: the package that has it cannot be imported.
     """
     if name not in _steps:
-        found = next((e for e in entry_points(group=GROUP) if e.name == name), None)
+        found = find_plugin(GROUP, name)
         if found is None:
             return None
-        try:
-            function = found.load()
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            raise QawareError(f"rounding: {name!r} cannot be loaded from {found.value} ({why})") from error
-        register_rounding(name, function)
+        register_rounding(name, load_plugin(found, "rounding"))
     return _steps[name]
 
 

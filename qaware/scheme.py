@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from qaware.errors import QawareError
+from qaware.level_plugins import BUILTIN, find_levels, level_names
 
 ACTIVATIONS = ("none", "int8-dynamic", "int8-static")
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 OBSERVERS = ("minmax", "moving-average", "histogram", "percentile", "mse")
-LEVELS = ("all", "ternary", "stretched")
 FLOAT16_BITS = 16
 _TERNARY_BITS = 2
 _STRETCHED_BITS = 3
@@ -42,9 +43,10 @@ class Scheme:
     """One scale for the whole weight, as 8-bit kernels without a scale for each channel need. For
     ``int8-static`` only."""
     levels: str = "all"
-    """Which values of the width are used: ``all``; ``ternary``, of 2 bits -1, 0 and 1 times the scale; or
+    """Which values of the width are used: ``all``; ``ternary``, of 2 bits -1, 0 and 1 times the scale;
     ``stretched``, for 1 to 3 bits as many levels below zero as above and none at zero, e.g. -1.5, -0.5, 0.5
-    and 1.5 times the scale (stretched elastic quantization, ParetoQ, Liu et al. 2025, arXiv:2502.02631)."""
+    and 1.5 times the scale (stretched elastic quantization, ParetoQ, Liu et al. 2025, arXiv:2502.02631); or a
+    set that was registered, see :mod:`qaware.level_plugins`."""
 
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or not (1 <= self.bits <= 8 or self.bits == FLOAT16_BITS):
@@ -77,10 +79,9 @@ class Scheme:
         self._check_levels()
 
     def _check_levels(self) -> None:
-        _one_of("levels", self.levels, LEVELS)
         if self.levels == "all":
             return
-        widths = (_TERNARY_BITS,) if self.levels == "ternary" else tuple(range(1, _STRETCHED_BITS + 1))
+        widths = self._widths()
         if self.bits not in widths:
             legal = " or ".join(map(str, widths))
             raise QawareError(
@@ -88,6 +89,26 @@ class Scheme:
             )
         if not self.symmetric:
             raise QawareError(f"levels: {self.levels!r} has no zero point; use symmetric: true")
+
+    def _widths(self) -> tuple[int, ...]:
+        """The ``bits`` that ``levels`` is for."""
+        if self.levels == "ternary":
+            return (_TERNARY_BITS,)
+        if self.levels == "stretched":
+            return tuple(range(1, _STRETCHED_BITS + 1))
+        if self.level_set is None:
+            known = ", ".join([*BUILTIN, *level_names()])
+            raise QawareError(
+                f"levels: {self.levels!r} is not one of {known}; qaware.register_levels adds others"
+            )
+        return ((len(self.level_set) - 1).bit_length(),)
+
+    @cached_property
+    def level_set(self) -> tuple[int, ...] | None:
+        """The integers of levels that were registered, increasing; None for those that come with qaware.
+        Found once, so that a process to which the scheme is sent need not know them."""
+        named = self.levels not in BUILTIN and isinstance(self.levels, str)
+        return find_levels(self.levels) if named else None
 
     @property
     def is_float(self) -> bool:
@@ -102,13 +123,38 @@ class Scheme:
     @property
     def stored_bits(self) -> int:
         """Bits of the integers that stand for the levels. Those of stretched levels are odd, on half the
-        scale (-3, -1, 1 and 3 for 2 bits), so any kernel that has one more bit holds them."""
+        scale (-3, -1, 1 and 3 for 2 bits), so any kernel that has one more bit holds them; those of a
+        registered set are any, e.g. 5 bits for the 4 of FP4."""
+        if self.level_set is not None:
+            return max((-self.level_set[0] - 1).bit_length(), self.level_set[-1].bit_length()) + 1
         return self.bits + 1 if self.is_stretched else self.bits
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a weight in a file that counts its integers from the smallest one on, stretched ones, which
+        are odd, by twos."""
+        return self.bits if self.level_set is None else self.stored_bits
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether there are the same levels below zero as above it; else those of a scale below zero are
+        others."""
+        if self.level_set is not None:
+            return self.level_set == tuple(-value for value in reversed(self.level_set))
+        low, high = self.range
+        return low == -high
+
+    @property
+    def is_evenly_spaced(self) -> bool:
+        """Whether the levels are all whole numbers of a range."""
+        return self.level_set is None and not self.is_stretched
 
     @property
     def range(self) -> tuple[int, int]:
         """Smallest and largest integer that stands for a weight, e.g. (-8, 7) for 4 bits, (-1, 1) for ternary
         and (-3, 3) for 2 stretched bits."""
+        if self.level_set is not None:
+            return self.level_set[0], self.level_set[-1]
         if self.levels == "ternary":
             return -1, 1
         if self.is_stretched:
@@ -131,8 +177,8 @@ class Scheme:
         if self.is_float:
             return "float16"
         unit = f"g{self.group_size}" if self.group_size else "tensor" if self.per_tensor else "channel"
-        width = {"ternary": "ternary", "stretched": f"int{self.bits} stretched"}.get(
-            self.levels, f"int{self.bits}"
+        width = {"all": f"int{self.bits}", "stretched": f"int{self.bits} stretched"}.get(
+            self.levels, self.levels
         )
         grid = f"{width} {unit}"
         grid += "" if self.symmetric else " asym"

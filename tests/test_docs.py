@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+ALL = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+# Those hold a package, and have tests of their own that install and run it.
+PAGES = [page for page in ALL if not page.stem.startswith("add-a-")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

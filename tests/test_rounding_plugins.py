@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import qaware
-from qaware import rounding_plugins
+from qaware import plugins, rounding_plugins
 from qaware.errors import QawareError
 from qaware.recipe import Recipe
 from qaware.rounding_plugins import find_step, function_of, registered_names
@@ -109,7 +109,7 @@ def test_a_package_may_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
         EntryPoint("packaged", f"{__name__}:halved", rounding_plugins.GROUP),
         EntryPoint("broken", "no_such_package:f", rounding_plugins.GROUP),
     ]
-    monkeypatch.setattr(rounding_plugins, "entry_points", lambda group: entries)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
     assert registered_names() == ["packaged", "broken"]
     assert recipe({"packaged": {"rounds": 3}}).rounding_label == "packaged rounds=3"
     with pytest.raises(QawareError, match="'broken' cannot be loaded from no_such_package:f"):

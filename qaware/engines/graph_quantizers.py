@@ -70,8 +70,8 @@ def _problem(kind: str, scheme: Scheme, target: str) -> str | None:
         return "embeddings stay float there; keep it float in the recipe"
     if kind.startswith("Conv") and scheme.activation == "int8-dynamic":
         return "its convolutions take calibrated activations; use activation: int8-static"
-    if scheme.bits != 8 or scheme.group_size:
-        return "it has int8 kernels only; use bits: 8 without group_size"
+    if scheme.bits != 8 or scheme.group_size or scheme.levels != "all":
+        return "it has int8 kernels only; use bits: 8 without group_size or levels"
     if scheme.activation == "none":
         return "its kernels take integer activations; use activation: int8-static"
     if not scheme.symmetric or scheme.scale_dtype != "float32":

@@ -2,7 +2,8 @@
 
 Stretched levels lie half a step beside the integers (ParetoQ, Liu et al. 2025, arXiv:2502.02631): a weight
 is rounded as ``x / scale - 1/2`` and ships as the odd integers of half the scale, which is the same
-product. All rounding is torchao's.
+product. Their rounding, and that to ranges of integers, is torchao's; registered sets are in
+:mod:`qaware.engines.level_sets`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torchao.quantization.quant_primitives import _fake_quantize_affine, quantize_affine
 
+from qaware.engines.level_sets import Levels, fake_quantize_to, half_gap, quantize_to, widest_scale
 from qaware.engines.straight_through import round_straight_through
 from qaware.scheme import Scheme
 
@@ -28,7 +30,8 @@ def rounding_range(scheme: Scheme, narrow: bool) -> tuple[int, int]:
     if scheme.is_stretched:
         return -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
     lowest, highest = scheme.range
-    return (-highest if narrow and scheme.symmetric and scheme.bits > 1 else lowest), highest
+    narrows = narrow and scheme.symmetric and scheme.bits > 1 and scheme.level_set is None
+    return (-highest if narrows else lowest), highest
 
 
 def fake_quantize(
@@ -47,6 +50,8 @@ def fake_quantize(
     Returns:
         The shape and dtype of ``x``.
     """
+    if scheme.level_set is not None:
+        return fake_quantize_to(x, scale, scheme.level_set)
     trained = scale.requires_grad or zero_point.requires_grad
     if not scheme.is_stretched and not trained:
         return round_straight_through(x, scale, None if scheme.symmetric else zero_point, *integers)
@@ -67,6 +72,8 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """The integers that ship, int8 (rows, width), and their scale, float32 (rows, blocks): by the
     arithmetic of :func:`fake_quantize`, whose arguments these are."""
+    if scheme.level_set is not None:
+        return quantize_to(x, scale, scheme.level_set), scale.float()
     if not scheme.is_stretched:
         data = quantize_affine(x, _block(x, scale), scale, zero_point, torch.int8, *integers)
         return data, scale.float()
@@ -76,14 +83,17 @@ def quantize(
     return (2 * below + 1).view(x.shape), scale.float() / 2
 
 
-def low_bit_scale(x: Tensor, scheme: Scheme) -> Tensor:
-    """A scale for ternary and stretched levels, (rows, blocks) in the dtype of ``x``: the largest absolute
-    value fits only where there are many levels.
+def own_scale(x: Tensor, scheme: Scheme) -> Tensor:
+    """A scale for levels that are not all of a width, (rows, blocks) in the dtype of ``x``: the largest
+    absolute value fits only where there are many levels.
 
     Ternary: the mean of what is above 0.7 times the mean absolute value (ternary weight networks, Li et al.
     2016, arXiv:1605.04711). Stretched: the mean absolute value is the level of 1 bit; with more the
-    outermost levels are half a step inside of the largest value, as in ParetoQ.
+    outermost levels are half a step inside of the largest value, as in ParetoQ. Registered: the outermost
+    levels are on the outermost values.
     """
+    if scheme.level_set is not None:
+        return widest_scale(x, scheme.block(x.shape[1]), scheme.level_set)
     blocks = x.detach().abs().reshape(len(x), -1, scheme.block(x.shape[1]))
     if scheme.levels == "ternary":
         large = blocks > _TERNARY_THRESHOLD * blocks.mean(-1, keepdim=True)
@@ -109,7 +119,7 @@ def shrink(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, integer
     return best
 
 
-def soften(x: Tensor, hard: Tensor, scale: Tensor, softness: Tensor) -> Tensor:
+def soften(x: Tensor, hard: Tensor, scale: Tensor, softness: Tensor, levels: Levels | None = None) -> Tensor:
     """Rounding that is not finished: the piecewise-affine map of PARQ (Jin et al. 2025, arXiv:2503.15748)
     from ``x`` itself to ``hard``.
 
@@ -119,10 +129,13 @@ def soften(x: Tensor, hard: Tensor, scale: Tensor, softness: Tensor) -> Tensor:
     Args:
         x: (rows, width).
         hard: ``x`` on its levels; gives the gradient.
-        scale: (rows, blocks), the step between two levels.
+        scale: (rows, blocks), the step between two evenly spaced levels.
         softness: scalar above 0; 1 leaves ``x`` as it is.
+        levels: those of a registered set.
     """
     half = scale.detach().float().unsqueeze(-1) / 2
+    if levels is not None:
+        half = half_gap(x.detach(), hard.detach(), scale.detach(), levels)
     left = (x.detach().float() - hard.detach().float()).view(*scale.shape, -1)
     moved = (half - (half - left.abs()) / softness).clamp(min=0)
     moved = torch.where(left.abs() <= half, moved, 0.0) * left.sign()

@@ -58,7 +58,7 @@ class FakeQuantizedBase(FakeQuantizedLinear):
     def is_frozen(self) -> bool:
         """Whether neither the weight nor its grid trains, and its rounding is one that clips."""
         quantizer: Any = self.weight_fake_quantizer
-        rounds = isinstance(quantizer, WeightFakeQuantizer) and not quantizer.scheme.is_stretched
+        rounds = isinstance(quantizer, WeightFakeQuantizer) and quantizer.scheme.is_evenly_spaced
         return rounds and quantizer.learned is None and not self.weight.requires_grad
 
     def _rounded(self, weight: Tensor) -> Tensor:

@@ -16,24 +16,13 @@ from torch import Tensor, nn
 
 from qaware.engines.activation_fake_quant import StaticFakeQuantizer
 from qaware.engines.operations import activate_and_round, note_rectified, unwatched
+from qaware.engines.straight_through import pass_through
 from qaware.engines.weight_fake_quant import WeightFakeQuantizer
 from qaware.layout import LayerSite
 from qaware.scheme import Scheme
 
 _SMALLEST_FACTOR = 1e-12
 _LARGEST_BIAS = 2.0**31
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The second argument, with the gradient of the first."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
 
 
 class FakeQuantizedLayer(nn.Module):
@@ -106,7 +95,7 @@ class FakeQuantizedLayer(nn.Module):
         unit = quantizer.qparams()[0].double() * self.weight_fake_quantizer.scale.detach().flatten().double()
         steps = (bias.detach().double() / unit).round()
         rounded = torch.where(steps.abs() < _LARGEST_BIAS, steps * unit, bias.detach().double())
-        return _StraightThrough.apply(bias, rounded.float())  # type: ignore[no-any-return]
+        return pass_through(bias, rounded.float())
 
     def _compute(self, x: Tensor) -> Tensor:
         norm = self.norm[0] if self.norm else None

@@ -57,6 +57,22 @@ def _by_block(qparam: Tensor) -> Tensor:
     return qparam.unsqueeze(-1) if qparam.dim() else qparam
 
 
+class _Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def pass_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded``, bit for bit, with a gradient that is passed to ``x`` as it is."""
+    passed: Tensor = _Passed.apply(x, rounded)
+    return passed
+
+
 class _RoundedInRange(torch.autograd.Function):
     """One scale for all values: the bounds of the integers are those of ``x`` itself, which the function
     before it keeps anyway."""

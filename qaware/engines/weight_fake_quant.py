@@ -14,7 +14,7 @@ from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
 from torchao.quantization.quant_primitives import choose_qparams_affine
 
 from qaware.engines.frozen import Kept
-from qaware.engines.levels import fake_quantize, low_bit_scale, quantize, rounding_range, soften
+from qaware.engines.levels import fake_quantize, own_scale, quantize, rounding_range, soften
 from qaware.engines.straight_through import round_clipped
 from qaware.scheme import Scheme
 
@@ -101,14 +101,19 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
             hard, self.scale, self.zero_point = values
             return hard  # type: ignore[no-any-return]
         hard, self.scale, self.zero_point = self._hard(x, x if grid is None else grid, unit)
-        return hard if self.softness is None else soften(x, hard, self.scale, self.softness)
+        return self._softened(x, hard)
 
     def with_clipped(self, x: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         """``forward`` of an ``x`` without a gradient, and which of its values are beyond the range of the
-        integers, int64 indices into the flat ``x``. Not for stretched levels."""
+        integers, int64 indices into the flat ``x``. For evenly spaced levels."""
         self.scale, self.zero_point = self._qparams(grid)
         hard, clipped = round_clipped(x, self.scale, self._offset(), *self.integers)
-        return hard if self.softness is None else soften(x, hard, self.scale, self.softness), clipped
+        return self._softened(x, hard), clipped
+
+    def _softened(self, x: Tensor, hard: Tensor) -> Tensor:
+        if self.softness is None:
+            return hard
+        return soften(x, hard, self.scale, self.softness, self.scheme.level_set)
 
     def _hard(self, x: Tensor, grid: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """``x`` rounded, scale and zero point."""
@@ -149,7 +154,7 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
         config = self.config
         if self.scheme.levels != "all":
             rows = x.reshape(1, -1) if self.scheme.per_tensor else x
-            scale = self.legal(low_bit_scale(rows, self.scheme)).expand(len(x), -1)
+            scale = self.legal(own_scale(rows, self.scheme)).expand(len(x), -1)
             return scale, torch.zeros_like(scale, dtype=torch.int32)
         block = tuple(x.shape) if self.scheme.per_tensor else (1, self.scheme.block(x.shape[1]))
         scale, zero_point = choose_qparams_affine(

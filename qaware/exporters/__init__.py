@@ -6,10 +6,10 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from qaware.errors import QawareError
+from qaware.plugins import find_plugin, load_plugin, plugin_names
 
 if TYPE_CHECKING:
     from qaware.exporters.base import Exporter
@@ -20,13 +20,17 @@ BUILTIN = {
     "tract": "qaware.exporters.tract:TractExporter",
     "onnxruntime": "qaware.exporters.onnxruntime:OnnxRuntimeExporter",
     "openvino": "qaware.exporters.openvino:OpenVINOExporter",
+    "litert": "qaware.exporters.litert:LiteRTExporter",
     "gguf": "qaware.exporters.gguf:GGUFExporter",
+    "mlx": "qaware.exporters.mlx:MLXExporter",
+    "onnxruntime-genai": "qaware.exporters.genai:GenAIExporter",
 }
+_GROUP = "qaware.exporters"
 
 
 def exporter_names() -> list[str]:
     """Runtimes that can be named in an experiment."""
-    return list(dict.fromkeys([*BUILTIN, *(e.name for e in entry_points(group="qaware.exporters"))]))
+    return list(dict.fromkeys([*BUILTIN, *plugin_names(_GROUP)]))
 
 
 def runtime_name(named: str | Mapping[str, Any]) -> str:
@@ -81,11 +85,7 @@ def _exporter_class(name: str) -> Any:
     if target := BUILTIN.get(name):
         module, _, attribute = target.partition(":")
         return getattr(importlib.import_module(module), attribute)
-    plugin = next((e for e in entry_points(group="qaware.exporters") if e.name == name), None)
+    plugin = find_plugin(_GROUP, name)
     if plugin is None:
         raise QawareError(f"runtime: {name!r} is not one of {', '.join(exporter_names())}")
-    try:
-        return plugin.load()
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise QawareError(f"{name}: plugin cannot be loaded from {plugin.value} ({why})") from error
+    return load_plugin(plugin, "runtime")

@@ -23,7 +23,7 @@ from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
 from qaware.exporters.aoti_attention import can_attend
 from qaware.exporters.aoti_compile import as_usual, compile_package, exported
-from qaware.exporters.aoti_layers import use_products
+from qaware.exporters.aoti_layers import has_product, use_products
 from qaware.exporters.aoti_load import load, runner
 from qaware.exporters.aoti_product import FEATURES
 from qaware.exporters.base import Exporter, Runner, Tolerance, Written, first_line, one_step
@@ -106,6 +106,19 @@ class AOTIExporter(Exporter):
         if scheme.group_size:
             return "layers with int8-static activations have one scale per channel in onednn, no groups"
         return None
+
+    def unpacks(self, decision: Decision) -> str | None:
+        """Layers that neither our product nor onednn's kernels are for."""
+        scheme = decision.scheme
+        if scheme is None or scheme.is_static or decision.type == "Embedding":
+            return None
+        if scheme.is_float:
+            return "float16 weights are widened for each product"
+        if self.multiplies_integers and has_product(scheme, decision.type, decision.width):
+            return None
+        if not self.multiplies_integers:
+            return "integer products need AVX512-VNNI"
+        return f"{scheme.label} of {decision.type} is expanded to floats for each product"
 
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path

@@ -23,6 +23,7 @@ from qaware.exporters.packed_layers import (
     in_graph,
 )
 from qaware.plan import Decision
+from qaware.scheme import Scheme
 
 
 class BlockedWeight(StoredWeight):
@@ -34,7 +35,7 @@ class BlockedWeight(StoredWeight):
 
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__(weight)
-        self.bits, self.step = self.scheme.bits, 2 if self.scheme.is_stretched else 1
+        self.bits, self.step = self.scheme.code_bits, 2 if self.scheme.is_stretched else 1
         low = self.scheme.range[0]
         self.offset = -2 * low // self.step
         """Twice the code of zero, which is between two codes where the levels are stretched."""
@@ -133,10 +134,17 @@ _CLASSES: dict[str, type[PackedLinear] | type[PackedEmbedding]] = {
 
 def _fits(module: Any, decision: Decision, weight: QuantizedWeight) -> bool:
     """Whether the kernel computes this layer: whole bytes in each group, float32 around it."""
-    scheme, width = weight.scheme, weight.data.shape[1]
-    return (
-        type(module) in (nn.Linear, StaticLinear)
-        and scheme.bits in WIDTHS
-        and scheme.block(width) % columns(scheme.bits) == 0
-        and module.weight.dtype == torch.float32
-    )
+    plain = type(module) in (nn.Linear, StaticLinear) and module.weight.dtype == torch.float32
+    return plain and has_product(weight.scheme, decision.type, weight.data.shape[1])
+
+
+def has_product(scheme: Scheme, kind: str, width: int) -> bool:
+    """Whether the kernel knows the width of the integers, and a group of a row fills whole bytes.
+
+    Args:
+        scheme: of the layer.
+        kind: class name of the module.
+        width: weights of a row.
+    """
+    known = kind == "Linear" and scheme.code_bits in WIDTHS
+    return known and scheme.block(width) % columns(scheme.code_bits) == 0

@@ -91,6 +91,10 @@ class ExecuTorchExporter(Exporter):
         """Why XNNPACK, or ExecuTorch's embedding kernels, cannot hold one layer as planned."""
         return refusal(decision)
 
+    def unpacks(self, decision: Decision) -> str | None:
+        """Nothing: what has no kernel is refused."""
+        return None
+
     def refuse_plan(self, plan: Plan) -> str | None:
         """Scales below zero."""
         return signed_scales(plan)

@@ -52,8 +52,7 @@ def _turns(decision: Decision) -> bool:
     scheme = decision.scheme
     if scheme is None or scheme.is_float or scheme.is_static or decision.type == "Embedding":
         return False
-    low, high = scheme.range
-    return scheme.symmetric and low != -high
+    return scheme.symmetric and not scheme.is_mirrored
 
 
 def kernel_bits(decision: Decision) -> int | None:
@@ -95,12 +94,13 @@ def _refuse_weight(scheme: Scheme, width: int) -> str | None:
     """Of a linear layer with dynamic activations; ``width`` is in_features."""
     block = scheme.block(width)
     bits = _narrowest(scheme, _LINEAR_BITS)
-    if bits == 8 and scheme.bits < 8:
+    if bits == 8 and scheme.bits < 8 and scheme.levels == "all":
         return f"int{scheme.bits} linear layers have no kernel on XNNPACK; up to 4 bits and 8 bits have one"
     if not scheme.symmetric:
         return "asymmetric weights of linear layers lose their zero points on XNNPACK, silently"
     if bits == 8 and scheme.group_size:
-        return "int8 linear layers have one scale per channel on XNNPACK, no groups"
+        taken = "" if scheme.bits == 8 else f"{scheme.levels} has integers of {scheme.stored_bits} bits; "
+        return f"{taken}int8 linear layers have one scale per channel on XNNPACK, no groups"
     if bits == 4 and block % _BLOCK:
         return f"int4 linear layers need groups that are a multiple of {_BLOCK} on XNNPACK, not {block}"
     if bits == 4 and scheme.scale_dtype != "bfloat16":

@@ -11,12 +11,12 @@ from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
 from qaware.exporters.base import Runner, Written
 from qaware.exporters.generation import CacheSpec, cache_of, why_no_cache
-from qaware.exporters.onnxruntime import OnnxRuntimeExporter
+from qaware.exporters.onnx_exporter import OnnxExporter
 from qaware.exporters.signature import Signature
 from qaware.exporters.tokenizer_files import NO_TOKENIZER, TextExporter
 
 
-class GenAIExporter(TextExporter, OnnxRuntimeExporter):
+class GenAIExporter(TextExporter, OnnxExporter):
     """A folder of ``model.onnx``, ``genai_config.json`` and the tokenizer; only language models have a place
     in one. The layers are those of ONNX Runtime."""
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
-from qaware.exporters.artifact import Artifact
-from qaware.exporters.base import Exporter, Runner, Tolerance, Written
+from qaware.exporters.base import Runner, Tolerance, Written
 from qaware.exporters.generation import cache_of, why_no_cache
 from qaware.exporters.gguf_names import KINDS, find_model, is_known
 from qaware.exporters.gguf_write import BLOCK, Q4_BITS, write_gguf
 from qaware.exporters.precision import in_float32, to_float32
 from qaware.exporters.signature import Signature
+from qaware.exporters.tokenizer_files import TextExporter
 from qaware.plan import Decision, Plan
 
 
-class GGUFExporter(Exporter):
+class GGUFExporter(TextExporter):
     """A ``.gguf`` that llama.cpp and what is built on it load; only language models have a place in one."""
 
     name = "gguf"
@@ -40,7 +39,6 @@ class GGUFExporter(Exporter):
                 context, at most 1024. The file is bound to none.
         """
         self.cache_length = cache_length
-        self._tokenizer: Path | None = None
 
     def tolerance_for(self, plan: Plan) -> Tolerance:
         """Float layers alone are multiplied in float32."""
@@ -82,18 +80,9 @@ class GGUFExporter(Exporter):
             return f"{scheme.label} has float32 scales, GGUF's blocks float16; use scale_dtype: float16"
         return None
 
-    def export(
-        self,
-        quantized: QuantizedModel,
-        example: tuple[Tensor, ...],
-        signature: Signature,
-        path: Path,
-        metadata: dict[str, Any] | None = None,
-    ) -> Artifact:
-        """As of every exporter; the tokenizer that ``metadata`` names beside ``path`` goes into the file."""
-        named = (metadata or {}).get("tokenizer")
-        self._tokenizer = None if named is None else path.parent / named
-        return super().export(quantized, example, signature, path, metadata)
+    def unpacks(self, decision: Decision) -> str | None:
+        """Nothing: ggml multiplies Q4_0, Q8_0 and F16 as they are."""
+        return None
 
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
@@ -108,7 +97,7 @@ class GGUFExporter(Exporter):
         if cache is None:
             raise QawareError(f"gguf: {why_no_cache(quantized.module, signature, self.cache_length)}")
         to_float32(quantized)
-        return Written(tuple(write_gguf(quantized, cache, self._tokenizer, path)))
+        return Written(tuple(write_gguf(quantized, cache, self.tokenizer, path)))
 
     def reference(self, quantized: QuantizedModel) -> nn.Module:
         """The converted model; of one in half precision the same integers in float32."""

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qaware.exporters.tokenizer_files import special_ids
+
 _SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+": "llama-bpe",
@@ -72,14 +74,10 @@ def _add_ends(writer: Any, path: Path) -> None:
     """The ids of the first and last token of a text, and whether the tokenizer adds the first itself."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
-    config = path.with_name("tokenizer_config.json")
-    named = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-    first = tokenizer.encode("a").ids[:1]
-    for key, add in (("bos_token", writer.add_bos_token_id), ("eos_token", writer.add_eos_token_id)):
-        token = named.get(key)
-        index = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "")
-        if index is not None:
-            add(index)
-        if key == "bos_token":
-            writer.add_add_bos_token(index is not None and first == [index])
+    first, ids = Tokenizer.from_file(str(path)).encode("a").ids[:1], special_ids(path.parent)
+    if (end := ids.get("eos_token_id")) is not None:
+        writer.add_eos_token_id(end)
+    beginning = ids.get("bos_token_id")
+    if beginning is not None:
+        writer.add_bos_token_id(beginning)
+    writer.add_add_bos_token(beginning is not None and first == [beginning])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qaware.engines.base import QuantizedModel, QuantizedWeight
 from qaware.errors import QawareError
+from qaware.scheme import Scheme
 
 
 def require_grids(quantized: QuantizedModel) -> None:
@@ -47,13 +48,14 @@ def _off_grid(weight: QuantizedWeight) -> str | None:
         return f"has scales of shape {tuple(weight.scale.shape)} instead of {wanted}"
     if (weight.zero_point is None) != scheme.symmetric:
         return f"has {'no ' if weight.zero_point is None else ''}zero points"
-    return _off_levels(weight.data, scheme.range, scheme.is_stretched)
+    return _off_levels(weight.data, scheme)
 
 
-def _off_levels(data: Tensor, integers: tuple[int, int], odd: bool) -> str | None:
+def _off_levels(data: Tensor, scheme: Scheme) -> str | None:
     lowest, highest = int(data.min()), int(data.max())
-    if lowest < integers[0] or highest > integers[1]:
+    if lowest < scheme.range[0] or highest > scheme.range[1]:
         return f"has integers from {lowest} to {highest}"
-    if odd and bool((data % 2 == 0).any()):
+    if scheme.is_stretched and bool((data % 2 == 0).any()):
         return "has even integers"
-    return None
+    others = set() if scheme.level_set is None else set(data.unique().tolist()) - set(scheme.level_set)
+    return f"has integers such as {min(others)}" if others else None

@@ -130,7 +130,7 @@ def _save(model: Any, signature: Signature, cache: CacheSpec | None, path: Path)
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size > _LARGEST:
-        raise QawareError(f"onnxruntime: {size:,} bytes of weights are more than one file of 2 GB holds")
+        raise QawareError(f"onnx: {size:,} bytes of weights are more than one file of 2 GB holds")
     proto = ir.serde.serialize_model(model)
     _forget(proto)
     _name_axes(proto.graph, signature)

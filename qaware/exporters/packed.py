@@ -32,11 +32,11 @@ def pack(data: Tensor, scheme: Scheme) -> dict[int, Tensor]:
     Codes in a plane count from the smallest integer of the range, stretched ones, which are odd, by twos; 8
     bits stay the int8 they are.
     """
-    if scheme.bits == 8:
+    if scheme.code_bits == 8:
         return {8: data.contiguous()}
     codes = ((data - scheme.range[0]) // (2 if scheme.is_stretched else 1)).to(torch.uint8)
     planes = {}
-    for plane in (p for p in PLANES if scheme.bits & p):
+    for plane in (p for p in PLANES if scheme.code_bits & p):
         planes[plane] = fold(codes & (2**plane - 1), plane)
         codes = codes >> plane
     return planes

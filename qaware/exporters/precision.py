@@ -15,9 +15,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def in_float32(quantized: QuantizedModel) -> nn.Module:
     """The converted model; of one in half precision a copy with the same integers in float32."""
-    floats = {name for name, weight in quantized.weights.items() if weight.scheme.is_float}
+    floats = {f"{name}.weight" for name, weight in quantized.weights.items() if weight.scheme.is_float}
     named = [*quantized.module.named_parameters(), *quantized.module.named_buffers()]
-    if all(t.dtype not in _HALF or name.rpartition(".")[0] in floats for name, t in named):
+    if all(t.dtype not in _HALF or name in floats for name, t in named):
         return quantized.module
     widened = copy.deepcopy(quantized)
     to_float32(widened)

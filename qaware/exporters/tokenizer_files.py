@@ -1,4 +1,4 @@
-"""The files of a tokenizer in an artifact that is a folder, for runtimes that read text."""
+"""The tokenizer inside an artifact, for runtimes that read text."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ NO_TOKENIZER = "no tokenizer is in the folder"
 
 
 class TextExporter(Exporter):
-    """An exporter whose folder holds the tokenizer that the sidecar names."""
+    """An exporter whose artifact holds the tokenizer that the sidecar names."""
 
-    _tokenizer: Path | None = None
+    tokenizer: Path | None = None
+    """Its folder, while an artifact is written."""
 
     def export(
         self,
@@ -41,15 +42,15 @@ class TextExporter(Exporter):
     ) -> Artifact:
         """As of every exporter; the tokenizer that ``metadata`` names beside ``path`` goes into it."""
         named = (metadata or {}).get("tokenizer")
-        self._tokenizer = None if named is None else path.parent / named
+        self.tokenizer = None if named is None else path.parent / named
         return super().export(quantized, example, signature, path, metadata)
 
     def copy_tokenizer(self, path: Path) -> bool:
-        """Copy its files into the folder ``path``; whether there is one."""
-        if self._tokenizer is None or not self._tokenizer.is_dir():
+        """Copy its files into the artifact ``path``, a folder; whether there is one."""
+        if self.tokenizer is None or not self.tokenizer.is_dir():
             return False
         for pattern in _NAMES:
-            for file in filter(Path.is_file, self._tokenizer.glob(pattern)):
+            for file in filter(Path.is_file, self.tokenizer.glob(pattern)):
                 shutil.copyfile(file, path / file.name)
         return any((path / name).is_file() for name in _VOCABULARIES)
 

@@ -23,6 +23,7 @@ from qaware.exporters.generation import cache_of
 from qaware.exporters.signature import Signature
 from qaware.exporters.tract_dump import products
 from qaware.exporters.tract_programs import CACHE_LENGTH, FORMS, LONG_INPUTS
+from qaware.matching import CONVOLUTIONS
 from qaware.plan import Decision, Plan
 from qaware.scheme import Scheme
 
@@ -90,10 +91,10 @@ class TractExporter(Exporter):
     def notes(self, plan: Plan) -> tuple[str, ...]:
         """Float activations, and how bits are stored."""
         schemes = [d.scheme for d in plan.quantized.values() if d.scheme]
-        static = [s for s in schemes if s.is_static and plan.layout is not None]
-        others = [s for s in schemes if s not in static]
+        static = [s for s in schemes if s.is_static]
+        others = [s for s in schemes if not s.is_static]
         chosen = []
-        if any(s.activation != "none" for s in others):
+        if any(s.activation != "none" for s in (others if plan.layout is not None else schemes)):
             chosen.append("activations in float32: no int8 range is applied; weights keep their integers")
         if any(s.bits < 8 for s in static):
             chosen.append("weights of layers with static activations take 8 bits each, whatever their width")
@@ -125,6 +126,20 @@ class TractExporter(Exporter):
         if scheme.scale_dtype == "float32":
             return f"{scheme.label} has float32 scales, Q4_0 float16; use scale_dtype: bfloat16 or float16"
         return None
+
+    def unpacks(self, decision: Decision) -> str | None:
+        """Wider than Q4_0, and convolutions."""
+        scheme = decision.scheme
+        if scheme is None or decision.type == "Embedding":
+            return None
+        if scheme.is_static:
+            floats = decision.type in CONVOLUTIONS and not scheme.per_tensor and self.convolutions == "float"
+            return (
+                "convolutions with a scale per channel are faster in float (convolutions)" if floats else None
+            )
+        if scheme.stored_bits > Q40_BITS:
+            return "more than 4 bits are float32 once loaded"
+        return "convolutions have no Q4_0 product" if decision.type in CONVOLUTIONS else None
 
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path

@@ -155,6 +155,8 @@ def _use_float_weights(
         Layer name and integers, by the id of the new parameter.
     """
     static = dict(_static_layers(quantized))
+    # Of them nobody has asked whether they fill the blocks of Q4_0.
+    wide = {name for name, d in quantized.plan.quantized.items() if d.scheme and d.scheme.is_static}
     parameters: dict[int, nn.Parameter] = {}
     layers: dict[int, tuple[str, QuantizedWeight]] = {}
     for name, weight in quantized.weights.items():
@@ -167,6 +169,8 @@ def _use_float_weights(
             multiply_floats(layer)
         if id(weight) not in parameters:
             here = _on_cpu(weight)
+            if name in wide:
+                here = dataclasses.replace(here, scheme=dataclasses.replace(here.scheme, bits=8))
             value = here.dequantize().view(layer.weight.shape)
             parameters[id(weight)] = nn.Parameter(value, requires_grad=False)
             layers[id(parameters[id(weight)])] = name, here

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import registered_levels  # noqa: F401, two sets of levels
 import torch
 from tiny import SIGNATURE, quantize, tokens
 from torch import Tensor
@@ -23,7 +24,8 @@ LOW = {"group_size": 32, "activation": "int8-dynamic", "scale_dtype": "bfloat16"
 LEVELS = {
     "qkv": {**LOW, "bits": 2, "levels": "stretched"},
     "attn_out": {**LOW, "bits": 2, "levels": "ternary"},
-    "gate_proj": {**LOW, "bits": 3},
+    "gate_proj": {**LOW, "bits": 4, "levels": "test-fp4"},
+    "down_proj": {**LOW, "bits": 3, "levels": "test-powers"},
     "lm_head": {**LOW, "bits": 3, "levels": "stretched"},
     "embed": {"bits": 1, "group_size": 32, "levels": "stretched"},
 }
@@ -73,9 +75,9 @@ def constants(path: Path) -> dict[str, Tensor]:
 
 def test_the_library_holds_the_integers_at_their_width(low: Compiled) -> None:
     held = constants(low.path)
-    for name, scheme in LEVELS.items():
+    for name in LEVELS:
         weight = low.quantized.weights[name]
-        if scheme["bits"] in WIDTHS and name != "embed":
+        if weight.scheme.code_bits in WIDTHS and name != "embed":
             assert torch.equal(held[f"{name}.packed.codes"], BlockedWeight(weight).codes)
         else:
             for plane, packed in pack(weight.data, weight.scheme).items():
@@ -86,4 +88,4 @@ def test_the_library_holds_the_integers_at_their_width(low: Compiled) -> None:
             for key, t in held.items()
             if key.startswith(tuple(f"{name}.packed.{i}" for i in integers))
         )
-        assert stored == weight.data.numel() * scheme["bits"] / 8
+        assert stored == weight.data.numel() * weight.scheme.code_bits / 8

@@ -41,3 +41,11 @@ def test_only_what_the_plan_stores_in_half_stays_so(recipe: str, dtype: torch.dt
     weight = module.qkv.weight
     assert weight.dtype == (torch.float16 if recipe == "float16" else torch.float32)
     assert torch.equal((weight if recipe == "float16" else weight.dequantize()).float(), wanted)
+
+
+def test_a_bias_beside_a_float16_weight_is_widened_too() -> None:
+    quantized = convert(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).half(), "float16")
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    module = in_float32(quantized)
+    assert module[0].weight.dtype == torch.float16
+    assert module(x).dtype == torch.float32

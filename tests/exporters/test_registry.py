@@ -62,10 +62,10 @@ def test_a_broken_plugin_is_named_and_does_not_hide_the_others(
     install(tmp_path, "fine", "fine_plugin2:Missing", PLUGIN)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(
-        QawareError, match=r"broken: plugin cannot be loaded from broken_plugin:Fine .*no_such_package"
+        QawareError, match=r"runtime: 'broken' cannot be loaded from broken_plugin:Fine .*no_such_package"
     ):
         get_exporter("broken")
-    with pytest.raises(QawareError, match=r"fine: plugin cannot be loaded.*Missing"):
+    with pytest.raises(QawareError, match=r"'fine' cannot be loaded.*Missing"):
         get_exporter("fine")
     assert get_exporter("aoti").name == "aoti"
 

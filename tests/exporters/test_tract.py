@@ -11,6 +11,7 @@ from tiny import SIGNATURE, TinyLM, quantize, tokens
 from torch import nn
 from tract_tools import EXPORTER, INT4, NOISE, RECIPES, convert, distance, everywhere, make, tiny
 
+import qaware
 from qaware.errors import QawareError, RuntimeDiedError
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.check import check
@@ -159,3 +160,14 @@ def test_in_a_child_process_and_after_its_death() -> None:
         with pytest.raises(RuntimeDiedError, match="SIG"):
             runner(bad)
     assert torch.isfinite(made.run(tokens(7))).all()
+
+
+def test_static_layers_of_4_bits_need_no_q40_blocks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).eval()
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = qaware.quantize(model, "int4-static", calibration=[x] * 2, calibration_batches=2)
+    signature = Signature((TensorSpec("x", "float32", (4, 3, 8, 8)),), {})
+    artifact = EXPORTER.export(made, (x,), signature, tmp_path / "net.nnef.tgz")
+    run = EXPORTER.open(artifact.path, signature)
+    torch.testing.assert_close(run(x), EXPORTER.reference(made)(x), atol=0.05, rtol=0)
