@@ -67,6 +67,7 @@ def make_parser() -> ArgumentParser:
     commands.add_subcommand("generate", generate, help="continue a prompt with an artifact")
     recipes = _parser("List the named recipes, or print one as YAML.")
     recipes.add_argument("name", type=str, nargs="?", help="a recipe; also a file, or torchchat's JSON")
+    recipes.add_argument("--matrix", action="store_true", help="which runs on which runtime, as a table")
     commands.add_subcommand("recipes", recipes, help="list the named recipes")
     overlay = _parser("List the overlays for LightningCLI, or print one: qaware overlay qat > qat.yaml")
     overlay.add_argument("name", type=str, nargs="?", help="an overlay")

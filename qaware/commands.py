@@ -152,7 +152,12 @@ def generate(options: Namespace) -> int:
 
 
 def recipes(options: Namespace) -> int:
-    """List the named recipes, or print one."""
+    """List the named recipes, or print one, or ask every runtime about one or all."""
+    if options.matrix:
+        from qaware.matrix import markdown, support
+
+        print(markdown(support(options.name and [options.name])))
+        return 0
     from qaware.recipe import Recipe
     from qaware.recipe_plugins import packaged_names
     from qaware.shipped import preset_names, recipe_names

@@ -6,9 +6,9 @@ The exporters themselves are asked, about two small reference networks, so the t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,24 +110,28 @@ def lines(recipe: Recipe, name: str) -> list[Line]:
 def _cell(line: Line, exporter: Exporter) -> Cell:
     model = reference(line.network)
     plan = Recipe.load(line.recipe).match(model)
-    try:
-        plan, _ = lay_out(plan, model, lambda: _example(line), [exporter.name], line.engine)
-    except QawareError as error:
-        return Cell(line, exporter.name, REFUSED, (str(error),))
-    missing = exporter.missing()  # of this machine, and no matter of what the runtime holds
-    problems = [problem.message for problem in check(plan, [exporter]) if problem.message != missing]
-    if problems:
-        return Cell(line, exporter.name, REFUSED, _unique(problems, exporter))
-    unpacked = _unique(_unpacked(plan, exporter), exporter)
+    refusal = _refusal(plan, exporter)
+    if not refusal:
+        try:
+            plan, _ = lay_out(plan, model, lambda: _example(line), [exporter.name], line.engine)
+            refusal = _refusal(plan, exporter)
+        except QawareError as error:
+            refusal = (str(error),)
+    if refusal:
+        return Cell(line, exporter.name, REFUSED, refusal)
+    unpacked = tuple(dict.fromkeys(_unpacked(plan, exporter)))
     return Cell(line, exporter.name, DEQUANTIZES if unpacked else FAST, unpacked)
+
+
+def _refusal(plan: Plan, exporter: Exporter) -> tuple[str, ...]:
+    """The first reason, or none."""
+    missing = exporter.missing()  # of this machine, and no matter of what the runtime holds
+    problems = (problem.message for problem in check(plan, [exporter]) if problem.message != missing)
+    return tuple(problem.removeprefix(f"{exporter.name}: ") for problem in itertools.islice(problems, 1))
 
 
 def _unpacked(plan: Plan, exporter: Exporter) -> Iterable[str]:
     return (why for decision in plan.quantized.values() if (why := exporter.unpacks(decision)))
-
-
-def _unique(texts: Iterable[str], exporter: Exporter) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text.removeprefix(f"{exporter.name}: ") for text in texts))
 
 
 def _example(line: Line) -> Example:
@@ -137,14 +141,16 @@ def _example(line: Line) -> Example:
 def markdown(cells: Sequence[Cell]) -> str:
     """The table, and below it each reason with the rows that it is for."""
     runtimes = list(dict.fromkeys(cell.runtime for cell in cells))
-    head = ["recipe", "engine", *runtimes]
-    rows = [head, ["---"] * len(head)]
     by_line: dict[Line, dict[str, Cell]] = {}
     for cell in cells:
         by_line.setdefault(cell.line, {})[cell.runtime] = cell
+    rows = [["recipe", "engine", *runtimes]]
     for line, found in by_line.items():
         rows.append([f"`{line.recipe}`", line.engine, *(found[runtime].state for runtime in runtimes)])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    padded = [[text.ljust(width) for text, width in zip(row, widths, strict=True)] for row in rows]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in padded)
     return "\n\n".join([table, *_reasons(cells, runtimes)])
 
 
@@ -155,7 +161,9 @@ def _reasons(cells: Sequence[Cell], runtimes: Sequence[str]) -> list[str]:
         for cell in cells:
             for why in cell.why if cell.runtime == runtime else ():
                 found.setdefault((cell.state, why), []).append(_named(cell.line))
-        items = [f"- {state}: {why} ({', '.join(names)})" for (state, why), names in found.items()]
+        items = [
+            f"- {state}: {why} ({', '.join(dict.fromkeys(names))})" for (state, why), names in found.items()
+        ]
         if items:
             texts.append("\n".join([f"**{runtime}**", "", *items]))
     return texts
@@ -163,18 +171,3 @@ def _reasons(cells: Sequence[Cell], runtimes: Sequence[str]) -> list[str]:
 
 def _named(line: Line) -> str:
     return line.recipe if line.engine != "graph" else f"{line.recipe} by graph"
-
-
-def as_data(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Plain data, one mapping a cell."""
-    return [
-        {
-            "recipe": cell.line.recipe,
-            "engine": cell.line.engine,
-            "network": cell.line.network,
-            "runtime": cell.runtime,
-            "state": cell.state,
-            "why": list(cell.why),
-        }
-        for cell in cells
-    ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qaware.errors import QawareError
 from qaware.exporters.base import Exporter
 from qaware.matching import CONVOLUTIONS, rematch
-from qaware.plan import Decision, Plan, indivisible, nearest_groups
+from qaware.plan import Decision, Plan, nearest_groups, unfit
 from qaware.recipe import Recipe
 from qaware.scheme import FLOAT16_BITS, Scheme
 from qaware.shipped import recipe_names
@@ -85,7 +85,7 @@ def _other_recipes(plan: Plan, exporters: Sequence[Exporter]) -> str:
 def _refusal(decision: Decision, exporters: Sequence[Exporter]) -> str | None:
     scheme = decision.scheme
     assert scheme is not None
-    if why := indivisible(scheme, decision.width):
+    if why := unfit(scheme, decision.width):
         return why
     if decision.type in CONVOLUTIONS and scheme.is_float:
         return f"bits: 16 is for Linear and Embedding, not {decision.type}; use bits: 8"

@@ -14,6 +14,7 @@ from qaware.exporters.generation import CacheSpec, cache_of, why_no_cache
 from qaware.exporters.onnx_exporter import OnnxExporter
 from qaware.exporters.signature import Signature
 from qaware.exporters.tokenizer_files import NO_TOKENIZER, TextExporter
+from qaware.plan import Decision
 
 
 class GenAIExporter(TextExporter, OnnxExporter):
@@ -24,6 +25,12 @@ class GenAIExporter(TextExporter, OnnxExporter):
     suffix = ".genai"
     packages = ("onnxruntime_genai", "onnx", "onnxscript")
     extra = "genai"
+
+    def refuse(self, decision: Decision) -> str | None:
+        """Only layers of language models have a place."""
+        if decision.scheme is not None and decision.type not in ("Linear", "Embedding"):
+            return f"GenAI generates from language models, which have no {decision.type}; use onnxruntime"
+        return super().refuse(decision)
 
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path

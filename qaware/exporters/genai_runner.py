@@ -15,6 +15,7 @@ from qaware.exporters.base import first_line
 from qaware.exporters.genai_files import SETTINGS
 from qaware.exporters.generation import CachedRunner
 from qaware.exporters.signature import Signature
+from qaware.exporters.steps import require_given
 
 
 def open_folder(path: Path, signature: Signature) -> CachedRunner:
@@ -51,11 +52,7 @@ class _Generator:
         Raises:
             QawareError: the tokens before it were not given.
         """
-        if start > self.held:
-            raise QawareError(
-                f"{self.name}: step at {start}, but only {self.held} tokens were given; "
-                "give those before it first"
-            )
+        require_given(self.name, start, self.held)
         try:
             if start < self.held:
                 self.generator.rewind_to(start)

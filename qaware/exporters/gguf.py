@@ -64,7 +64,7 @@ class GGUFExporter(TextExporter):
         if scheme is None:
             return None
         if not is_known(decision.module):
-            return f"is no layer of a language model that llama.cpp is written ({', '.join(KINDS)})"
+            return f"a .gguf has no place for it, only for the layers of {', '.join(KINDS)}; leave gguf out"
         if scheme.is_float:
             return None
         if scheme.is_static:

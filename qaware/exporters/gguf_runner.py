@@ -19,6 +19,7 @@ from qaware.errors import QawareError
 from qaware.exporters.generation import CachedRunner
 from qaware.exporters.gguf_write import CACHE_LENGTH
 from qaware.exporters.signature import Signature
+from qaware.exporters.steps import require_given
 
 
 def open_gguf(path: Path, signature: Signature) -> CachedRunner:
@@ -85,11 +86,7 @@ class _Model:
 
     def __call__(self, input_ids: Tensor, start: int) -> Tensor:
         """Logits float32 (1, S, V) of int64 ids (1, S) at ``start``."""
-        if start > self.held:
-            raise QawareError(
-                f"{self.path.name}: step at {start}, but only {self.held} tokens were given; "
-                "give those before it first"
-            )
+        require_given(self.path.name, start, self.held)
         self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), 0, start, -1)
         ids = input_ids[0].tolist()
         self._decode(ids, start)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qaware.errors import QawareError
+from qaware.exporters.steps import require_given
 
 
 class GrowingRunner:
@@ -33,11 +33,7 @@ class GrowingRunner:
         Raises:
             QawareError: the tokens before it were not given.
         """
-        if start > self.held:
-            raise QawareError(
-                f"{self.name}: step at {start}, but only {self.held} tokens were given; "
-                "give those before it first"
-            )
+        require_given(self.name, start, self.held)
         past = [np.ascontiguousarray(array[:, :, :start]) for array in self.kept]
         logits, *self.kept = self.run([input_ids.detach().cpu().contiguous().numpy(), *past])
         self.held = start + input_ids.shape[1]

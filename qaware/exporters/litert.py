@@ -87,6 +87,13 @@ class LiteRTExporter(Exporter):
             )
         return None
 
+    def unpacks(self, decision: Decision) -> str | None:
+        """Layers without int8 activations."""
+        scheme = decision.scheme
+        if scheme is None or scheme.is_static or is_kept(decision):
+            return None
+        return f"{scheme.label} of {decision.type} is float32 once loaded"
+
     def refuse_plan(self, plan: Plan) -> str | None:
         """A graph made for another runtime measures ranges by operators that litert-torch does not know."""
         schemes = [d.scheme for d in plan.quantized.values() if d.scheme]

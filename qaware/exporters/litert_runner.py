@@ -16,6 +16,7 @@ from qaware.exporters.litert_cache import DECODE, PREFILL
 from qaware.exporters.litert_flatbuffer import description
 from qaware.exporters.litert_sizes import Sizes, run_fixed
 from qaware.exporters.signature import Signature
+from qaware.exporters.steps import require_given
 
 SERVE = "serve"
 _NARROWER = {torch.int64: torch.int32, torch.float64: torch.float32}
@@ -84,11 +85,7 @@ class _Steps:
         Raises:
             QawareError: the tokens before it were not given.
         """
-        if start > self.held:
-            raise QawareError(
-                f"{self.session.name}: step at {start}, but only {self.held} tokens were given; "
-                "give those before it first"
-            )
+        require_given(self.session.name, start, self.held)
         count = input_ids.shape[1]
         # Padding must not go beyond the cache, whose end LiteRT would overwrite.
         fits = count > 1 and start + self.most <= self.length

@@ -74,6 +74,11 @@ class MLXExporter(TextExporter):
             )
         return None
 
+    def unpacks(self, decision: Decision) -> str | None:
+        """Float16 weights; packed integers are expanded inside the product."""
+        scheme = decision.scheme
+        return "float16 weights are widened for each product" if scheme and scheme.is_float else None
+
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path
     ) -> Written:

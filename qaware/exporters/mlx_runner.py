@@ -14,6 +14,7 @@ from qaware.exporters.base import Runner, first_line
 from qaware.exporters.generation import CachedRunner
 from qaware.exporters.mlx_model import CACHE_LENGTH
 from qaware.exporters.signature import Signature
+from qaware.exporters.steps import require_given
 
 
 def open_folder(path: Path, signature: Signature) -> Runner:
@@ -57,11 +58,7 @@ class _Model:
         Raises:
             QawareError: the tokens before it were not given.
         """
-        if start > self.held:
-            raise QawareError(
-                f"{self.name}: step at {start}, but only {self.held} tokens were given; "
-                "give those before it first"
-            )
+        require_given(self.name, start, self.held)
         if start == 0:
             self.cache = self._empty()
         for layer in self.cache if start else []:

@@ -13,6 +13,7 @@ from qaware.exporters.generation import cache_of
 from qaware.exporters.openvino_layers import HALF_BYTE, use_plain
 from qaware.exporters.precision import to_float32
 from qaware.exporters.signature import Signature
+from qaware.matching import CONVOLUTIONS
 from qaware.plan import Decision, Plan
 
 
@@ -70,6 +71,15 @@ class OpenVINOExporter(Exporter):
         if not scheme.symmetric:
             return "weights with int8-static activations have no zero points in OpenVINO; use symmetric: true"
         return None
+
+    def unpacks(self, decision: Decision) -> str | None:
+        """Float16 weights, and convolutions without integer activations; other constants stay compressed
+        until their product."""
+        scheme = decision.scheme
+        if scheme is None or scheme.is_static:
+            return None
+        floats = scheme.is_float or decision.type in CONVOLUTIONS
+        return f"{scheme.label} of {decision.type} is float32 once loaded" if floats else None
 
     def write(
         self, quantized: QuantizedModel, example: tuple[Tensor, ...], signature: Signature, path: Path

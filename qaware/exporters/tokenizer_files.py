@@ -13,6 +13,7 @@ from qaware.engines.base import QuantizedModel
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.base import Exporter
 from qaware.exporters.signature import Signature
+from qaware.plan import Plan
 
 _NAMES = (
     "tokenizer*",
@@ -27,7 +28,7 @@ NO_TOKENIZER = "no tokenizer is in the folder"
 
 
 class TextExporter(Exporter):
-    """An exporter whose artifact holds the tokenizer that the sidecar names."""
+    """An exporter of language models alone, whose artifact holds the tokenizer that the sidecar names."""
 
     tokenizer: Path | None = None
     """Its folder, while an artifact is written."""
@@ -44,6 +45,15 @@ class TextExporter(Exporter):
         named = (metadata or {}).get("tokenizer")
         self.tokenizer = None if named is None else path.parent / named
         return super().export(quantized, example, signature, path, metadata)
+
+    def refuse_plan(self, plan: Plan) -> str | None:
+        """What has no embedding is no language model."""
+        if any("Embedding" in decision.type for decision in plan.decisions):
+            return None
+        return (
+            f"{self.name}: is for language models, and this model has no embedding; use another runtime, "
+            "e.g. onnxruntime"
+        )
 
     def copy_tokenizer(self, path: Path) -> bool:
         """Copy its files into the artifact ``path``, a folder; whether there is one."""

@@ -44,6 +44,9 @@ _LONG = {
 }
 
 
+_IN_FLOAT = "convolutions with a scale per channel, faster so than as integers (option convolutions)"
+
+
 class TractExporter(Exporter):
     """An NNEF archive that tract loads: Q4_0 for up to 4 bits, else int8 or float16."""
 
@@ -134,9 +137,7 @@ class TractExporter(Exporter):
             return None
         if scheme.is_static:
             floats = decision.type in CONVOLUTIONS and not scheme.per_tensor and self.convolutions == "float"
-            return (
-                "convolutions with a scale per channel are faster in float (convolutions)" if floats else None
-            )
+            return _IN_FLOAT if floats else None
         if scheme.stored_bits > Q40_BITS:
             return "more than 4 bits are float32 once loaded"
         return "convolutions have no Q4_0 product" if decision.type in CONVOLUTIONS else None

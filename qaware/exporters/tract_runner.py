@@ -13,6 +13,7 @@ from qaware.errors import QawareError
 from qaware.exporters.base import Runner
 from qaware.exporters.generation import CachedRunner
 from qaware.exporters.signature import Signature
+from qaware.exporters.steps import require_given
 from qaware.exporters.tract_programs import CACHE_LENGTH, Programs, vectors
 
 
@@ -61,11 +62,7 @@ class _Steps:
         if start in self.kept:
             return self.kept[start]
         held = max(self.kept, default=0)
-        if start > held:
-            raise QawareError(
-                f"{self.programs.path.name}: step at {start}, but only {held} tokens were given; "
-                "give those before it first"
-            )
+        require_given(self.programs.path.name, start, held)
         return [np.ascontiguousarray(tensor.to_numpy()[:, :, :start]) for tensor in self.kept[held]]
 
 
