@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RUNTIMES ?= .venv-runtimes
 
-.PHONY: quickstart digits quality bench test check clean
+.PHONY: quickstart digits quality bench runtimes test check clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -19,6 +20,18 @@ quality: $(STAMP)
 # Without the peers (pip install -e '.[bench]') the benchmark says which it left out.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.speed --out speed.json
+
+# The runtimes that are extras, in an environment of their own: litert-torch lowers typing_extensions, and
+# llama-cpp-python is compiled for ten minutes.
+runtimes: $(RUNTIMES)/.installed
+	$(RUNTIMES)/bin/pytest tests/exporters
+	$(RUNTIMES)/bin/python -m benchmarks.matrix --out matrix.json
+
+$(RUNTIMES)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(RUNTIMES)
+	$(RUNTIMES)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(RUNTIMES)/bin/pip install --quiet --disable-pip-version-check -e '.[dev,runtimes]'
+	touch $@
 
 test: check
 	$(BIN)/pytest
@@ -35,4 +48,4 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(RUNTIMES) build dist *.egg-info

@@ -11,6 +11,7 @@ rather than neighbours. Unpacking then reads and writes whole vectors: the compi
 
 from __future__ import annotations
 
+import abc
 from typing import cast
 
 import torch
@@ -59,7 +60,7 @@ def unfold(packed: Tensor, plane: int) -> list[Tensor]:
     return [(packed & (mask << shift)).float() * 2.0**-shift for shift in range(0, 8, plane)]
 
 
-class StoredWeight(nn.Module):
+class StoredWeight(nn.Module, abc.ABC):
     """One quantized weight; layers that share it share one copy in the file."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
@@ -67,17 +68,21 @@ class StoredWeight(nn.Module):
         self.scheme, (self.rows, self.width) = weight.scheme, weight.data.shape
         self.block = self.scheme.block(self.width)
 
+    @abc.abstractmethod
     def integers(self) -> Tensor:
         """int8 (rows, width): what was packed."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Scales, float32 (rows, groups), and zero points, int8 of that shape or None."""
-        raise NotImplementedError
 
     def dequantize(self, rows: Tensor | None = None) -> Tensor:
         """float32 (rows, width), or (*rows.shape, width) for the given rows only."""
-        raise NotImplementedError
+        scale, zero = self.grid()
+        values = self.integers().float().unflatten(-1, (scale.shape[1], -1))
+        values = values if zero is None else values - zero.float().unsqueeze(-1)
+        whole = (values * scale.unsqueeze(-1)).flatten(-2)
+        return whole if rows is None else whole[rows]
 
     def tensor(self, activation: str, dtype: torch.dtype) -> Tensor:
         """The weight of the converted layer, for model code that reads ``layer.weight`` itself."""
