@@ -32,6 +32,7 @@ from qaware.exporters.int8_kernels import Kernels, kernels
 from qaware.exporters.packed import PackedWeight
 from qaware.exporters.packed_layers import PackedConvolution, PackedLinear, pack_layers
 from qaware.exporters.signature import Signature
+from qaware.exporters.static_limits import refuse_static
 from qaware.plan import Decision, Plan
 
 PRODUCTS = ("integer", "float")
@@ -99,13 +100,7 @@ class AOTIExporter(Exporter):
     def refuse(self, decision: Decision) -> str | None:
         """Static layers have the limits of onednn's kernels; all others are computed from their integers."""
         scheme = decision.scheme
-        if scheme is None or not scheme.is_static:
-            return None
-        if not scheme.symmetric:
-            return "asymmetric weights lose their zero points in onednn's int8 kernels, silently"
-        if scheme.group_size:
-            return "layers with int8-static activations have one scale per channel in onednn, no groups"
-        return None
+        return None if scheme is None or not scheme.is_static else refuse_static(scheme, "onednn")
 
     def unpacks(self, decision: Decision) -> str | None:
         """Layers that neither our product nor onednn's kernels are for."""

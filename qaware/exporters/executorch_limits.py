@@ -7,6 +7,7 @@ asymmetric one its zero points, without an error or a warning.
 
 from __future__ import annotations
 
+from qaware.exporters.static_limits import refuse_static
 from qaware.matching import CONVOLUTIONS
 from qaware.plan import Decision, Plan
 from qaware.roundings import Q40
@@ -28,7 +29,7 @@ def refusal(decision: Decision) -> str | None:
     if decision.type == "Embedding":
         return _refuse_embedding(scheme, decision.width)
     if scheme.is_static:
-        return _refuse_static(scheme)
+        return refuse_static(scheme, "XNNPACK")
     if scheme.activation == "none":
         kind = "convolutions" if decision.type in CONVOLUTIONS else "linear layers"
         return f"weight-only int{scheme.bits} {kind} lose their scales on XNNPACK, silently"
@@ -79,14 +80,6 @@ def _refuse_embedding(scheme: Scheme, width: int) -> str | None:
     share = 8 // bits
     if width % share:
         return f"int{bits} embeddings put {share} weights in a byte, which does not divide {width}"
-    return None
-
-
-def _refuse_static(scheme: Scheme) -> str | None:
-    if scheme.group_size:
-        return "layers with int8-static activations have one scale per channel on XNNPACK, no groups"
-    if not scheme.symmetric:
-        return "asymmetric weights lose their zero points on XNNPACK, silently"
     return None
 
 

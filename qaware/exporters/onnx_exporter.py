@@ -15,6 +15,7 @@ from qaware.exporters.onnx_program import write_onnx
 from qaware.exporters.packed_layers import pack_layers
 from qaware.exporters.precision import in_float32, to_float32
 from qaware.exporters.signature import Signature
+from qaware.exporters.static_limits import refuse_static
 from qaware.plan import Decision, Plan
 
 LEVELS = (0, 1, 2, 3, 4)
@@ -81,13 +82,7 @@ class OnnxExporter(Exporter):
     def refuse(self, decision: Decision) -> str | None:
         """Only layers with static activations have limits, those of the int8 operators."""
         scheme = decision.scheme
-        if scheme is None or not scheme.is_static:
-            return None
-        if scheme.group_size:
-            return "layers with int8-static activations have one scale per channel in ONNX Runtime, no groups"
-        if not scheme.symmetric:
-            return "ONNX Runtime's int8 products have no zero point for each channel; use symmetric: true"
-        return None
+        return None if scheme is None or not scheme.is_static else refuse_static(scheme, "ONNX Runtime")
 
     def unpacks(self, decision: Decision) -> str | None:
         """Layers that neither MatMulNBits nor the int8 operators are for."""

@@ -13,6 +13,7 @@ from qaware.exporters.generation import cache_of
 from qaware.exporters.openvino_layers import HALF_BYTE, use_plain
 from qaware.exporters.precision import to_float32
 from qaware.exporters.signature import Signature
+from qaware.exporters.static_limits import refuse_static
 from qaware.matching import CONVOLUTIONS
 from qaware.plan import Decision, Plan
 
@@ -64,13 +65,7 @@ class OpenVINOExporter(Exporter):
     def refuse(self, decision: Decision) -> str | None:
         """Only layers with static activations have limits, those of the int8 operators."""
         scheme = decision.scheme
-        if scheme is None or not scheme.is_static:
-            return None
-        if scheme.group_size:
-            return "layers with int8-static activations have one scale per channel in OpenVINO, no groups"
-        if not scheme.symmetric:
-            return "weights with int8-static activations have no zero points in OpenVINO; use symmetric: true"
-        return None
+        return None if scheme is None or not scheme.is_static else refuse_static(scheme, "OpenVINO")
 
     def unpacks(self, decision: Decision) -> str | None:
         """Float16 weights, and convolutions without integer activations; other constants stay compressed

@@ -81,7 +81,7 @@ class StoredWeight(nn.Module, abc.ABC):
         scale, zero = self.grid()
         values = self.integers().float().unflatten(-1, (scale.shape[1], -1))
         values = values if zero is None else values - zero.float().unsqueeze(-1)
-        whole = (values * scale.unsqueeze(-1)).flatten(-2)
+        whole: Tensor = (values * scale.unsqueeze(-1)).flatten(-2)
         return whole if rows is None else whole[rows]
 
     def tensor(self, activation: str, dtype: torch.dtype) -> Tensor:

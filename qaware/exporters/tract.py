@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import logging
 import warnings
@@ -21,11 +22,11 @@ from qaware.errors import QawareError
 from qaware.exporters.base import Exporter, Runner, Tolerance, Written
 from qaware.exporters.generation import cache_of
 from qaware.exporters.signature import Signature
+from qaware.exporters.static_limits import refuse_static
 from qaware.exporters.tract_dump import products
 from qaware.exporters.tract_programs import CACHE_LENGTH, FORMS, LONG_INPUTS
 from qaware.matching import CONVOLUTIONS
 from qaware.plan import Decision, Plan
-from qaware.scheme import Scheme
 
 PLAIN: dict[str, type[nn.Module]] = {
     "Linear": nn.Linear,
@@ -116,7 +117,9 @@ class TractExporter(Exporter):
         """Only weights of up to 4 bits have limits, those of Q4_0; with static activations, zero points."""
         scheme = decision.scheme
         if scheme is not None and scheme.is_static:
-            return _refuse_static(scheme)
+            # A single zero point is a number of the product.
+            held = dataclasses.replace(scheme, symmetric=True) if scheme.per_tensor else scheme
+            return refuse_static(held, "tract")
         if scheme is None or scheme.stored_bits > Q40_BITS:
             return None
         if not scheme.symmetric:
@@ -194,14 +197,6 @@ def _multiplied_in_float(floating: dict[str, str]) -> list[str]:
     if chosen := len(floating) - len(lines):
         lines.append(f"{chosen} convolutions are multiplied in float, on the same integers: {RESCALED}")
     return lines
-
-
-def _refuse_static(scheme: Scheme) -> str | None:
-    if scheme.group_size:
-        return "layers with int8-static activations have one scale per channel in tract, no groups"
-    if not scheme.symmetric and not scheme.per_tensor:
-        return "zero points of weights with int8-static activations must be equal; use symmetric: true"
-    return None
 
 
 def _weight_only(weight: IntxUnpackedToInt8Tensor) -> IntxUnpackedToInt8Tensor:
