@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qaware.adapters import ADAPTER, Place, find_places, from_peft
 from qaware.errors import QawareError
-from qaware.plan import Decision, Plan, indivisible, qualified
+from qaware.plan import Decision, Plan, qualified, unfit
 from qaware.recipe import Recipe, Rule, _suggest
 from qaware.roles import find_roles
 from qaware.scheme import Scheme
@@ -75,7 +75,7 @@ def _decided(recipe: Recipe, decisions: Sequence[Decision]) -> tuple[Decision, .
 
 def _decide(recipe: Recipe, decision: Decision, counts: Mapping[str, int]) -> Decision:
     scheme, reason = _scheme_for(recipe, decision, counts)
-    problem = None if scheme is None else decision.obstacle or indivisible(scheme, decision.width)
+    problem = None if scheme is None else decision.obstacle or unfit(scheme, decision.width)
     return dataclasses.replace(decision, scheme=scheme, reason=reason, problem=problem)
 
 

@@ -177,6 +177,13 @@ def indivisible(scheme: Scheme | None, width: int) -> str | None:
     return f"group_size {scheme.group_size} does not divide its {width} input weights"
 
 
+def unfit(scheme: Scheme | None, width: int) -> str | None:
+    """Why rows of ``width`` weights cannot have ``scheme`` on any runtime, or None."""
+    if scheme is not None and scheme.activation == "int8-dynamic" and width == 1:
+        return "int8-dynamic measures a range for each token, and one input is none; use activation: none"
+    return indivisible(scheme, width)
+
+
 def nearest_groups(width: int, wanted: int) -> list[int]:
     """Group sizes (2 or more) that divide ``width``, nearest to ``wanted`` (by ratio) first."""
     divisors = [g for g in range(2, width + 1) if width % g == 0]
@@ -184,7 +191,7 @@ def nearest_groups(width: int, wanted: int) -> list[int]:
 
 
 def _group_choice(decision: Decision) -> str:
-    if decision.obstacle is not None:
+    if decision.obstacle is not None or indivisible(decision.scheme, decision.width) is None:
         return ""
     assert decision.scheme is not None
     near = [str(g) for g in nearest_groups(decision.width, decision.scheme.group_size)[:3]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from torch import nn
 
-from qaware.plan import Plan, indivisible, nearest_groups
+from qaware.errors import QawareError
+from qaware.plan import Plan, indivisible, nearest_groups, unfit
 from qaware.recipe import Recipe, Rule
 from qaware.scheme import Scheme
 
@@ -26,6 +28,17 @@ def test_indivisible() -> None:
     assert indivisible(Scheme(4), 7) is None
     assert indivisible(Scheme(4, 7), 14) is None
     assert indivisible(Scheme(4, 14), 7) == "group_size 14 does not divide its 7 input weights"
+
+
+def test_a_token_of_one_number_has_no_range() -> None:
+    dynamic = Scheme(8, activation="int8-dynamic")
+    made = Recipe("r", (Rule(dynamic, type="Linear"),)).match(nn.Sequential(nn.Linear(8, 1), nn.Linear(1, 8)))
+    assert [problem.module for problem in made.problems] == ["1"]
+    with pytest.raises(
+        QawareError, match="1: int8-dynamic measures a range for each .*; use activation: none$"
+    ):
+        made.require_possible()
+    assert unfit(dynamic.weight, 1) is None
 
 
 def test_needs_calibration_follows_the_layers_not_the_rules() -> None:

@@ -156,9 +156,11 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
             rows = x.reshape(1, -1) if self.scheme.per_tensor else x
             scale = self.legal(own_scale(rows, self.scheme)).expand(len(x), -1)
             return scale, torch.zeros_like(scale, dtype=torch.int32)
-        block = tuple(x.shape) if self.scheme.per_tensor else (1, self.scheme.block(x.shape[1]))
+        # A row of one weight is taken twice: where a block is (1, 1) torchao finds one range for all rows.
+        rows = x.expand(-1, 2) if x.shape[1] == 1 else x
+        block = tuple(rows.shape) if self.scheme.per_tensor else (1, self.scheme.block(rows.shape[1]))
         scale, zero_point = choose_qparams_affine(
-            x, config.mapping_type, block, torch.int8, *self.integers, config.eps, config.scale_precision
+            rows, config.mapping_type, block, torch.int8, *self.integers, config.eps, config.scale_precision
         )
         if self.narrow:
             scale = _not_dead(scale)

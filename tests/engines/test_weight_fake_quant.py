@@ -50,6 +50,14 @@ def test_scales_are_rounded_in_training_already(dtype: str) -> None:
     assert quantizer.scale.dtype == getattr(torch, dtype)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_of_one_weight_have_a_scale_each(symmetric: bool) -> None:
+    weight = torch.tensor([[0.1], [-20.0], [3.0]])
+    quantizer = weight_fake_quantizer(Scheme(4, symmetric=symmetric))
+    torch.testing.assert_close(quantizer(weight), weight, rtol=0.1, atol=0)
+    assert quantizer.scale.shape == (3, 1)
+
+
 @pytest.mark.parametrize("dtype", SCALE_DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
