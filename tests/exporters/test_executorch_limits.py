@@ -75,3 +75,10 @@ def test_scales_below_zero(scheme: Scheme, kind: str, refused: bool) -> None:
         assert (said is not None) == refused
         assert said is None or f"rounding.{name}.signed: true makes scales below zero" in said
     assert signed_scales(Plan(Recipe.from_dict({"rules": [{"name": "*"}], "rounding": "gptq"}), ())) is None
+
+
+def test_q4_0_turns_scales_of_linear_layers_around() -> None:
+    made = Recipe.load("min_max_q4_0")
+    linear, table = (layer(Scheme(4, 32, scale_dtype="float16"), kind) for kind in ("Linear", "Embedding"))
+    assert "rounding.q4-0 makes scales below zero" in str(signed_scales(Plan(made, (table, linear))))
+    assert signed_scales(Plan(made, (table,))) is None
