@@ -134,14 +134,15 @@ class Exporter(abc.ABC):
 
         Raises:
             QawareError: the package is missing, the disk is full, the plan is of other grids than the
-                integers, ``path`` is a folder of something else, or the runtime's tools refuse the model
-                (their message is carried over).
+                integers, an input is in half precision, ``path`` is a folder of something else, or the
+                runtime's tools refuse the model (their message is carried over).
         """
         if problem := self.missing():
             raise QawareError(problem)
         if path.is_dir() and not is_artifact_folder(path):
             raise QawareError(f"{path}: is a folder that no export wrote; choose another path or remove it")
         require_grids(quantized)
+        _require_wide(signature)
         signature.validate(example)
         cached = _about_cache(quantized.module, signature, self.cache_length)
         work = copy.deepcopy(quantized)
@@ -168,6 +169,16 @@ class Exporter(abc.ABC):
         )
         artifact.save()
         return artifact
+
+
+def _require_wide(signature: Signature) -> None:
+    """Runtimes between a model in half precision and its inputs have no common type for them."""
+    for spec in signature.inputs:
+        if spec.dtype in ("bfloat16", "float16"):
+            raise QawareError(
+                f"{spec.name}: is {spec.dtype}, and artifacts take float32 inputs; train with precision: "
+                "bf16-mixed or 32-true, or convert the input in forward"
+            )
 
 
 def _about_cache(module: nn.Module, signature: Signature, length: int | None) -> Written:

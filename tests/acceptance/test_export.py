@@ -100,37 +100,6 @@ def test_case_19_saved_integers_load_into_another_seed(recipe: str, tmp_path: Pa
     assert validate(loaded.module) == validate(model.module)
 
 
-MODERN = """
-import sys, warnings
-import lightning.pytorch, torch, torchao.quantization.qat
-# torch and torchao import parts of it themselves; from here on nobody can.
-for name in [n for n in sys.modules if n.startswith("torch.ao.quantization")]:
-    sys.modules[name] = None
-vars(torch.ao).pop("quantization", None)
-warnings.filterwarnings("error", message=".*(torch.ao|quint8|qint8|qint32|quantize_per_tensor).*")
-warnings.filterwarnings("error", category=DeprecationWarning, module="qaware|torchao")
-from acceptance.data import sequences
-from acceptance.runs import INT4, STATIC, make, qat, trainer, validate
-for recipe in (INT4, STATIC):
-    module, callback = make(), qat(recipe)
-    trainer(callback, max_epochs=1).fit(module, sequences(), sequences(9))
-    assert validate(module) == validate(callback.result.model.module)
-try:
-    import torch.ao.quantization
-except ImportError:
-    print("blocked to the end")
-"""
-
-
-def test_case_12_nothing_needs_the_deprecated_package() -> None:
-    """Lightning #9808 #9878 #9899 #13177 #13386 #16609, fms-model-optimizer #210, pytorch #184982: the
-    callback broke with each release of torch. The default path runs with ``torch.ao.quantization`` blocked
-    and with warnings about it and about quantized dtypes as errors."""
-    done = subprocess.run([sys.executable, "-c", MODERN], cwd=TESTS, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "blocked to the end"
-
-
 class Pairs(Classifier):
     """A batch that is neither a dict nor a list of tensors, and a step that calls the net twice."""
 

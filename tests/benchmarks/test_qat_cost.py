@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,10 +17,16 @@ from benchmarks.rows import Row, table
 TINY = Size(width=64, hidden=96, blocks=1, words=64, windows=2, tokens=8, depth=8, images=2, rank=2)
 
 
+PEAKS = {"float": 100, "int8-dynamic": 200, "lora": 120, "lora everywhere": 160}
+
+
 @pytest.fixture(scope="module")
 def found() -> list[Row]:
+    """Without a process for each peak, which takes seconds; one is measured below."""
     pytest.importorskip("peft")
-    return qat_cost.rows(TINY, repeats=1, compiled=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qat_cost, "_peak", lambda kind, size: PEAKS[kind])
+        return qat_cost.rows(TINY, repeats=1, compiled=False)
 
 
 def test_every_row_is_measured_against_its_target(found: list[Row]) -> None:
@@ -38,6 +45,20 @@ def test_every_row_is_measured_against_its_target(found: list[Row]) -> None:
             assert bool(row.missed_by) is not row.met
             assert row.details[0]["model"] == "float"
     assert len(table(found).splitlines()) > 2 + len(found)
+
+
+def test_memory_is_compared_with_plain_qat(found: list[Row]) -> None:
+    assert found[-1].value == "40% less, adapters everywhere 20%"
+    assert found[-1].met is True
+    assert [d["megabytes"] * 1e6 for d in found[-1].details] == list(PEAKS.values())
+
+
+def test_a_process_measures_its_peak() -> None:
+    pytest.importorskip("peft")
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    size = dataclasses.replace(TINY, words=8192)
+    assert 4 * size.words * size.width < qat_cost._peak("lora", size) < 10**8
 
 
 def test_ratios_are_of_the_same_round() -> None:

@@ -65,6 +65,13 @@ class LitLM(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
+class Sgd(LitLM):
+    """Plain gradient descent."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
 class Counting(Dataset[dict[str, Tensor]]):
     """Arithmetic sequences modulo the vocabulary."""
 

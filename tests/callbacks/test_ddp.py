@@ -1,53 +1,59 @@
-"""Two processes on gloo: the same scores on every rank, files written once."""
+"""Two processes on gloo, started by Lightning, against one process; see ``callback_ranks`` for what runs."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import callback_ranks as ranks
 import pytest
+import torch
 
-SCRIPT = """
-import json, os, sys
-import lightning.pytorch as pl, torch
-torch.set_num_threads(1)
-from qaware import QuantizationAwareTraining
-from qaware.lm import CausalLM, TextDataModule
-if __name__ == "__main__":
-    processes, folder = int(sys.argv[1]), sys.argv[2]
-    pl.seed_everything(0)
-    size = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32)
-    model = CausalLM({"model_type": "llama", **size, **heads})
-    data = TextDataModule(folder + "/text.txt", tokenizer=300, block_size=32, max_val_windows=21,
-                          batch_size=8 // processes, cache_dir=folder + "/cache")
-    qat = QuantizationAwareTraining("int8-dynamic-int4-weight", output_dir=f"{folder}/out{processes}")
-    pl.Trainer(max_steps=4, accelerator="cpu", devices=processes, strategy="ddp" if processes > 1 else "auto",
-               callbacks=[qat], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-               enable_model_summary=False).fit(model, datamodule=data)
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    with open(f"{folder}/rank{rank}of{processes}.json", "w") as file:
-        json.dump({s: qat.result.scores[s].nats for s in ("prepared", "converted")}, file)
-"""
+from qaware.report.ledger import read_rows
 
 
-def run(folder: Path, processes: int) -> list[dict[str, float]]:
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(folder / "script.py"), str(processes), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ddp")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    """What each of two ranks found, for every job."""
+    command = [sys.executable, str(Path(ranks.__file__)), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads((folder / f"rank{r}of{processes}.json").read_text()) for r in range(processes)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def test_two_processes_score_like_one(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("".join(f"{i} and {i * i % 97} make {i % 13}.\n" for i in range(900)))
-    (alone,) = run(tmp_path, 1)
-    first, second = run(tmp_path, 2)
+def test_two_processes_score_like_one_and_write_once(two: list[dict[str, Any]], folder: Path) -> None:
+    first, second = (result["scores"] for result in two)
     assert first == second
     assert first["converted"] == first["prepared"]
-    assert first["converted"] == pytest.approx(alone["converted"], abs=1e-4)
-    rows = (tmp_path / "out2" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(row)["stage"] for row in rows] == ["float", "prepared", "converted"]
+    assert first["converted"] == pytest.approx(ranks.scores(1, folder)["converted"], abs=1e-4)
+    rows = read_rows(folder / "out2" / "results.jsonl")
+    assert [row["stage"] for row in rows] == ["float", "prepared", "converted"]
+
+
+def test_ranges_are_identical_for_one_and_two_processes(two: list[dict[str, Any]], folder: Path) -> None:
+    alone = ranks.ranges(1, folder)
+    assert [result["ranges"] for result in two] == [alone, alone]
+    assert alone["minmax fit"] == alone["minmax validate"], "without a step the model is the same"
+    assert alone["minmax fit"] != alone["histogram fit"]
+
+
+def test_two_processes_have_one_teacher_and_step_like_one(two: list[dict[str, Any]], folder: Path) -> None:
+    first, second = (result["distilled"] for result in two)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    alone = ranks.distilled(1, folder)
+    torch.testing.assert_close(first["teacher"], alone["teacher"], rtol=0, atol=0)
+    torch.testing.assert_close(first["student"], alone["student"], rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_train_the_same_scales(two: list[dict[str, Any]]) -> None:
+    """Before ``start_step`` no scale is used, and DDP waits for the gradient of every parameter."""
+    first, second = (result["learned"] for result in two)
+    assert first == second
+    assert all(any(value != 0 for value in gain) for gain, _ in first)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lit import VOCAB, Body, Counting, LitClassifier, LitLM, images, loader, trainer
+from lit import VOCAB, Body, Counting, LitClassifier, LitLM, Sgd, images, loader, trainer
 from resumable_loader import Resumable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,13 +43,6 @@ def trained() -> LitLM:
     trainer(max_epochs=8).fit(model, loader())
     model.losses.clear()
     return model
-
-
-class Sgd(LitLM):
-    """Plain gradient descent."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
 class Steps(pl.Callback):
@@ -457,38 +447,3 @@ def test_a_float_checkpoint_gives_the_teacher(tmp_path: Path) -> None:
 def test_the_vocabulary_of_a_row_is_the_last_dimension() -> None:
     assert kl_rows(torch.zeros(2, 3, VOCAB), torch.zeros(2, 3, VOCAB)).shape == (2, 3)
     assert Distillation(1).weight == 1.0
-
-
-RANKS = """
-import os, sys
-import torch
-from lit import Counting, trainer
-from test_distillation import INT2, Sgd
-from torch.utils.data import DataLoader
-from qaware import QuantizationAwareTraining
-if __name__ == "__main__":
-    rank, folder = int(os.environ.get("LOCAL_RANK", 0)), sys.argv[1]
-    torch.set_num_threads(1)
-    torch.manual_seed(rank)  # DDP gives every rank the weights of the first
-    model = Sgd()
-    qat = QuantizationAwareTraining(INT2, distillation=0.5, score=False, convert=False)
-    run = trainer(max_steps=1, callbacks=[qat], devices=2, strategy="ddp", use_distributed_sampler=False)
-    run.fit(model, DataLoader(Counting(0), batch_size=4, sampler=range(rank, 32, 2)))
-    left = {"student": model.state_dict(), **qat.state_dict()}
-    torch.save(left, f"{folder}/rank{rank}.pt")
-"""
-
-
-def test_two_processes_have_one_teacher_and_step_like_one(tmp_path: Path) -> None:
-    (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    left = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in range(2)]
-    torch.testing.assert_close(left[0]["student"], left[1]["student"], rtol=0, atol=0)
-    torch.testing.assert_close(left[0]["teacher"], left[1]["teacher"], rtol=0, atol=0)
-    alone, callback = make(Sgd), qat(0.5)
-    trainer(max_steps=1, callbacks=[callback]).fit(alone, loader())
-    torch.testing.assert_close(left[0]["teacher"], callback.state_dict()["teacher"], rtol=0, atol=0)
-    torch.testing.assert_close(left[0]["student"], alone.state_dict(), rtol=1e-5, atol=1e-6)

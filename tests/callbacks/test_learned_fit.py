@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,36 +176,3 @@ def test_lora_is_trained_with_its_scale(tmp_path: Path) -> None:
     assert qat.result is not None
     assert qat.result.scores["converted"].losses == qat.result.scores["prepared"].losses
     assert all(bool(grid.gain.ne(0).any()) for grid in grids(model))
-
-
-SCRIPT = """
-import json, os, sys
-import lightning.pytorch as pl, torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[2])
-from lit import LitLM, loader
-from qaware import QuantizationAwareTraining
-from qaware.engines.learned import grids
-if __name__ == "__main__":
-    pl.seed_everything(0, verbose=False)
-    model = LitLM()
-    rules = [{"type": "Linear", "scheme": {"bits": 3, "group_size": 32, "symmetric": False}}]
-    qat = QuantizationAwareTraining({"rules": rules, "learning": "range"}, start_step=2, convert=False)
-    pl.Trainer(max_steps=4, accelerator="cpu", devices=2, strategy="ddp", callbacks=[qat], logger=False,
-               enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-               ).fit(model, loader(), loader(9))
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    with open(f"{sys.argv[1]}/rank{rank}.json", "w") as file:
-        json.dump([[p.flatten().tolist() for p in grid.parameters()] for grid in grids(model)], file)
-"""
-
-
-def test_two_processes_train_the_same_scales(tmp_path: Path) -> None:
-    """Before ``start_step`` no scale is used, and DDP waits for the gradient of every parameter."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2))
-    assert first == second
-    assert all(any(value != 0 for value in gain) for gain, _ in first)

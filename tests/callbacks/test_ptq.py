@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import calibration_ranks
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -428,17 +425,6 @@ def test_calibration_draws_no_random_numbers_of_the_caller(tmp_path: Path) -> No
         trainer(callbacks=[ptq]).fit(classifier(), images(), images(1))
         draws.append(torch.rand(3))
     assert torch.equal(draws[0], draws[1])
-
-
-def test_ranges_are_identical_for_one_and_two_processes(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("calibration_ranks.py")
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    alone = calibration_ranks.job(1, tmp_path)
-    assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)] == [alone, alone]
-    assert alone["minmax fit"] == alone["minmax validate"], "without a step the model is the same"
-    assert alone["minmax fit"] != alone["histogram fit"]
 
 
 def test_calibration_takes_a_list_of_batches(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from qaware.engines.base import QuantizedModel, QuantizedWeight, float_bytes
@@ -73,14 +74,43 @@ def distance(made: Made, *inputs: tuple[Tensor, ...], reference: nn.Module | Non
     return compare(made.run, made.artifact.signature.wrap(module).eval(), inputs)
 
 
+LOW = ["int3-weight", "int2-weight", "ternary-weight"]
+LEGAL = ["int8-dynamic", "int8-dynamic-int4-weight", "float16", *LOW]
+
+
+class Residual(nn.Module):
+    """One embedding that is the head too, and a residual layer with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 64)
+        self.norm = nn.RMSNorm(64)
+        self.mix = nn.Linear(64, 64)
+        self.lm_head = nn.Linear(64, 96, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return self.lm_head(x + F.silu(self.mix(self.norm(x))))
+
+
+def converted(recipe: str | Recipe) -> QuantizedModel:
+    """TinyLM; for the widths that only change what is stored, a model of fewer operators: each takes time to
+    lower."""
+    if recipe not in LEGAL[2:]:
+        return quantize(recipe, tie=recipe != "int8-dynamic")
+    torch.manual_seed(0)
+    return convert(Residual(), recipe)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
-    """Exports of TinyLM, one for each set of schemes: lowering takes about ten seconds."""
+    """Exports, one for each set of schemes: lowering takes about ten seconds."""
     folder = tmp_path_factory.mktemp("executorch")
     cache: dict[str, Made] = {}
 
     def get(recipe: str | Recipe) -> Made:
-        quantized = quantize(recipe, tie=recipe != "int8-dynamic")
+        quantized = converted(recipe)
         key = str([(d.module, d.scheme) for d in quantized.plan.decisions])
         if key not in cache:
             # The shortest legal example, which torch.export would take for a constant.
@@ -190,10 +220,6 @@ def missing_linears(weights: dict[str, QuantizedWeight], made: Made, folder: Pat
     return [n for n in linears if not any(same(n, *s) for s in stored)]
 
 
-LOW = ["int3-weight", "int2-weight", "ternary-weight"]
-LEGAL = ["int8-dynamic", "int8-dynamic-int4-weight", "float16", *LOW]
-
-
 @pytest.mark.parametrize("recipe", LEGAL)
 def test_the_file_holds_the_integers_and_scales_of_the_engine(
     exported: Callable[..., Made], recipe: str, tmp_path: Path
@@ -224,9 +250,8 @@ def test_one_changed_integer_or_scale_is_seen(
 
 def test_sizes_show_the_bits(exported: Callable[..., Made]) -> None:
     """Of 164 kB: 32 kB of graph; the tied weight twice, once for the embedding and once for the head."""
-    size = {recipe: exported(recipe).artifact.bytes for recipe in LEGAL}
+    size = {recipe: exported(recipe).artifact.bytes for recipe in LEGAL[:2]}
     whole = float_bytes(TinyLM())
-    assert size["float16"] / whole < 0.7
     assert size["int8-dynamic"] / whole < 0.45
     assert size["int8-dynamic-int4-weight"] / whole < 0.32
 
@@ -466,7 +491,7 @@ def test_llama_with_grouped_query_attention(tmp_path: Path) -> None:
         vocab_size=96,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=1,  # each takes ten seconds to lower; test_executorch_cache.py has two
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

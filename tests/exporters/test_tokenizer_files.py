@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from qaware.exporters import get_exporter
 from qaware.exporters.tokenizer_files import special_ids
 from qaware.lm.tokens import train_tokenizer
+from qaware.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,12 @@ def test_ids_of_special_tokens(tokenizer: Any, tmp_path: Path) -> None:
         "eos_token_id": ends["bos_token_id"],
         "pad_token_id": ends["eos_token_id"],
     }
+
+
+@pytest.mark.parametrize("runtime", ["gguf", "mlx", "onnxruntime-genai"])
+def test_a_model_without_embedding_is_refused_before_it_is_trained(runtime: str) -> None:
+    recipe, chosen = Recipe.load("int8-dynamic"), get_exporter(runtime)
+    why = chosen.refuse_plan(recipe.match(nn.Sequential(nn.Linear(64, 32))))
+    assert why is not None
+    assert why.startswith(f"{runtime}: is for language models")
+    assert chosen.refuse_plan(recipe.match(nn.Sequential(nn.Embedding(8, 64), nn.Linear(64, 32)))) is None
