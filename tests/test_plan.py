@@ -35,7 +35,7 @@ def test_a_token_of_one_number_has_no_range() -> None:
     made = Recipe("r", (Rule(dynamic, type="Linear"),)).match(nn.Sequential(nn.Linear(8, 1), nn.Linear(1, 8)))
     assert [problem.module for problem in made.problems] == ["1"]
     with pytest.raises(
-        QawareError, match="1: int8-dynamic measures a range for each .*; use activation: none$"
+        QawareError, match=r"1: int8-dynamic measures a range for each .*; use activation: none$"
     ):
         made.require_possible()
     assert unfit(dynamic.weight, 1) is None
