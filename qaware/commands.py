@@ -136,7 +136,7 @@ def generate(options: Namespace) -> int:
     """Continue a prompt; text to standard output, speed to standard error."""
     from qaware import generating
 
-    print(options.prompt, end="", flush=True)
+    unsaid = iter([options.prompt])  # said with the first new text, after all that may be wrong
     found = generating.generate(
         options.artifact,
         options.prompt,
@@ -144,9 +144,9 @@ def generate(options: Namespace) -> int:
         temperature=options.temperature,
         top_k=options.top_k,
         seed=options.seed,
-        on_text=lambda piece: print(piece, end="", flush=True),
+        on_text=lambda piece: print(next(unsaid, ""), piece, sep="", end="", flush=True),
     )
-    print()
+    print(next(unsaid, ""))
     print(found.summary, file=sys.stderr)
     return 0
 

@@ -14,7 +14,7 @@ from torchao.quantization.quant_primitives import (
     choose_qparams_affine_with_min_max,
 )
 
-from qaware.engines.straight_through import is_one_pass, round_rectified, round_straight_through
+from qaware.engines.straight_through import is_one_pass, round_inside, round_rectified, round_straight_through
 from qaware.errors import QawareError
 from qaware.observers import KINDS
 from qaware.scheme import Scheme
@@ -67,6 +67,8 @@ class StaticFakeQuantizer(nn.Module):
             return self._rectified(x)
         x = torch.relu(x) if relu else x
         self.observer(x)
+        if self.observer.covers and self._is_one_pass(x) and self.observer.seen:
+            return round_inside(x, *self.qparams(), *INT8)
         return self.rounded(x)
 
     def _is_one_pass(self, x: Tensor) -> bool:

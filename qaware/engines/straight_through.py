@@ -91,6 +91,26 @@ class _RoundedInRange(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.range), None, None, None, None
 
 
+class _RoundedInside(torch.autograd.Function):
+    """One scale, in whose range all values are: nothing is clipped, and the gradient is the arriving one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
+        return (x * (1.0 / scale)).round_().clamp_(lowest, highest).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None, None, None
+
+
+def round_inside(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int) -> Tensor:
+    """:func:`round_straight_through` of an ``x`` with :func:`is_one_pass`, by whose extremes a scalar
+    ``scale`` and ``zero_point`` were chosen."""
+    zero = int(zero_point)
+    rounded: Tensor = _RoundedInside.apply(x, scale, lowest - zero, highest - zero)
+    return rounded
+
+
 def pass_inside(grad: Tensor, steps: Tensor, lowest: int, highest: int) -> Tensor:
     """``grad``, but zero where the whole numbers ``steps`` (float16, as many) are out of ``lowest`` to
     ``highest``. Comparisons that make booleans take several times as long on a CPU."""

@@ -172,12 +172,12 @@ class Exporter(abc.ABC):
 
 
 def _require_wide(signature: Signature) -> None:
-    """Runtimes between a model in half precision and its inputs have no common type for them."""
+    """Inputs in half precision, as ``bf16-true`` makes them of floats, pass no runtime."""
     for spec in signature.inputs:
         if spec.dtype in ("bfloat16", "float16"):
             raise QawareError(
-                f"{spec.name}: is {spec.dtype}, and artifacts take float32 inputs; train with precision: "
-                "bf16-mixed or 32-true, or convert the input in forward"
+                f"{spec.name}: is {spec.dtype}, and artifacts take float32 inputs; use precision: bf16-mixed "
+                "or 32-true"
             )
 
 

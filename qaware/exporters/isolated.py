@@ -160,17 +160,19 @@ def _text(message: str) -> list[np.ndarray]:
 def serve(runtime: str, path: Path, requested: Area, replied: Area) -> None:
     """The child's loop: load, say so, then answer calls until stdin closes."""
     from qaware.exporters import get_exporter
-    from qaware.exporters.base import first_line
 
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the runtime prints must not mix with the replies
     try:
         signature = Artifact.open(path).signature
-        run: Any = get_exporter(runtime).open(path, signature)
+        exporter = get_exporter(runtime)
+        if problem := exporter.missing():
+            raise QawareError(problem)
+        run: Any = exporter.open(path, signature)
         sizes = [getattr(run, "length", 0), getattr(run, "most", signature.longest)]
         send(replies, replied, _OK, [np.array(sizes, dtype=np.int64)])
     except Exception as error:
-        send(replies, replied, _ERROR, _text(f"cannot be loaded: {first_line(error)}"))
+        send(replies, replied, _ERROR, _text(f"cannot be loaded: {_told(error)}"))
         return
     while (request := receive(requests, requested)) is not None:
         try:
@@ -180,7 +182,14 @@ def serve(runtime: str, path: Path, requested: Area, replied: Area) -> None:
                 output = run.step(tensors[0], int(tensors[1])) if asked else run(*tensors)
                 send(replies, replied, _OK, [output.float().contiguous().numpy()])
         except Exception as error:
-            send(replies, replied, _ERROR, _text(first_line(error)))
+            send(replies, replied, _ERROR, _text(_told(error)))
+
+
+def _told(error: Exception) -> str:
+    """One line; what qaware says itself needs no type."""
+    from qaware.exporters.base import first_line
+
+    return str(error) if isinstance(error, QawareError) else first_line(error)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qaware.engines.base import QuantizedModel
 from qaware.exporters.base import Exporter, Runner, Tolerance, Written
 from qaware.exporters.generation import cache_of
-from qaware.exporters.openvino_layers import HALF_BYTE, use_plain
+from qaware.exporters.openvino_layers import stored_bits, use_plain
 from qaware.exporters.precision import to_float32
 from qaware.exporters.signature import Signature
 from qaware.exporters.static_limits import refuse_static
@@ -54,10 +54,15 @@ class OpenVINOExporter(Exporter):
         ]
         if any(s.activation == "int8-dynamic" for s in others):
             chosen.append("activations in float32 for the score: OpenVINO chooses itself where they are int8")
-        if any(s.stored_bits < HALF_BYTE for s in others):
-            chosen.append("up to 4 bits take 4 bits a weight")
-        if any(HALF_BYTE < s.stored_bits < 8 for s in others):
-            chosen.append("5 to 8 bits take 8 bits a weight")
+        wide = {
+            f"int{s.bits} as {bits} bits"
+            for d in plan.quantized.values()
+            if (s := d.scheme)
+            and not (s.is_static or s.is_float)
+            and (bits := stored_bits(s, d.width)) != s.bits
+        }
+        if wide:
+            chosen.append(f"weights take a width that OpenVINO has: {', '.join(sorted(wide))}")
         if any(s.is_static and s.bits < 8 for s in schemes):
             chosen.append("weights of layers with static activations take 8 bits each, whatever their width")
         return tuple(chosen)

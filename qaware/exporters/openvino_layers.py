@@ -24,6 +24,7 @@ from qaware.exporters.packed_layers import (
     become_packed,
     in_graph,
 )
+from qaware.scheme import Scheme
 
 HALF_BYTE = 4
 _CLASSES = {
@@ -47,7 +48,7 @@ class PlainWeight(StoredWeight):
     def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__(weight)
         assert weight.scale is not None
-        self.bits = HALF_BYTE if self.scheme.stored_bits <= HALF_BYTE else 8
+        self.bits = stored_bits(self.scheme, weight.data.shape[1])
         codes, zero = weight.data.unflatten(1, (weight.scale.shape[1], -1)), weight.zero_point
         self.register_buffer("codes", codes if zero is None else self._unsigned(codes))
         self.register_buffer("scale", weight.scale.unsqueeze(-1))
@@ -77,6 +78,12 @@ class PlainWeight(StoredWeight):
             values = values - self.zeros.float()
         table = (values * self.scale).view(self.rows, self.width)
         return table if rows is None else F.embedding(rows, table)
+
+
+def stored_bits(scheme: Scheme, width: int) -> int:
+    """Bits that a weight takes, ``width`` in a row: 8 in odd blocks, too, which OpenVINO's CPU plugin reads
+    wrongly where two weights share a byte."""
+    return HALF_BYTE if scheme.stored_bits <= HALF_BYTE and scheme.block(width) % 2 == 0 else 8
 
 
 def use_plain(quantized: QuantizedModel) -> dict[str, int]:

@@ -28,6 +28,7 @@ class HistogramObserver(MinMaxObserver):
     and the error is integrated exactly under a density that is flat within a bin.
     """
 
+    exact: ClassVar[bool] = False
     reduction: ClassVar[dict[str, str]] = {**MinMaxObserver.reduction, "counts": "sum"}
     passes: ClassVar[int] = 2
 

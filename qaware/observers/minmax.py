@@ -22,6 +22,8 @@ class MinMaxObserver(nn.Module):
     """How each statistic is combined over ranks."""
     passes: ClassVar[int] = 1
     """How often the same data must be seen."""
+    exact: ClassVar[bool] = True
+    """Whether the range is that of all values, with none left out."""
 
     min_val: Tensor
     max_val: Tensor
@@ -48,6 +50,11 @@ class MinMaxObserver(nn.Module):
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
+
+    @property
+    def covers(self) -> bool:
+        """Whether all that was looked at just now is in the range, unless it overflowed."""
+        return self.observing and self.exact
 
     @property
     def seen(self) -> bool:

@@ -24,6 +24,7 @@ class MovingAverageObserver(MinMaxObserver):
     every batch, that is the average of the ranks' mean extremes.
     """
 
+    exact: ClassVar[bool] = False
     reduction: ClassVar[dict[str, str]] = {"min_val": "mean", "max_val": "mean"}
 
     taken: Tensor

@@ -11,6 +11,7 @@ from qaware.engines.activation_fake_quant import (
     TokenFakeQuantizer,
     activation_fake_quantizer,
 )
+from qaware.engines.straight_through import round_straight_through
 from qaware.errors import QawareError
 from qaware.scheme import Scheme
 
@@ -130,3 +131,20 @@ def test_each_activation_has_its_quantizer() -> None:
     assert activation_fake_quantizer(Scheme(8)) is None
     assert isinstance(activation_fake_quantizer(Scheme(8, activation="int8-dynamic")), TokenFakeQuantizer)
     assert isinstance(activation_fake_quantizer(Scheme(8, activation="int8-static")), StaticFakeQuantizer)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving-average"])
+@pytest.mark.parametrize("observing", [True, False])
+def test_what_the_range_was_found_for_needs_no_clipping(observer: str, observing: bool) -> None:
+    quantizer = StaticFakeQuantizer(observer)
+    quantizer.observer.observing = True
+    quantizer(rows())
+    quantizer.observer.observing = observing
+    x = (3 * rows(seed=1)).requires_grad_()
+    y = quantizer(x)
+    scale, zero_point = quantizer.qparams()
+    plain = round_straight_through(x, scale, zero_point, -128, 127)
+    assert torch.equal(y, plain)
+    (found,), (wanted,) = (torch.autograd.grad(out.sum(), x) for out in (y, plain))
+    assert torch.equal(found, wanted)
+    assert bool(found.all()) == (observing and observer == "minmax")

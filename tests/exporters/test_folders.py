@@ -13,7 +13,7 @@ from qaware.engines.base import QuantizedModel
 from qaware.errors import QawareError
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.base import Exporter, Runner, Tolerance, Written
-from qaware.exporters.signature import Signature
+from qaware.exporters.signature import Signature, TensorSpec
 from qaware.files import sha256
 from qaware.plan import Decision
 
@@ -53,6 +53,16 @@ def export(model: QuantizedModel, folder: Path, **settings: object) -> Artifact:
     exporter = Folders()
     vars(exporter).update(settings)
     return exporter.export(model, (tokens(3),), SIGNATURE, folder / "lm.parts")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_inputs_in_half_precision_are_refused(model: QuantizedModel, tmp_path: Path, dtype: str) -> None:
+    signature = Signature((TensorSpec("x", dtype, (3,)),))
+    why = f"x: is {dtype}, and artifacts take float32 inputs; use precision: bf16-mixed"
+    with pytest.raises(QawareError, match=why):
+        Folders().export(
+            model, (torch.zeros(3, dtype=getattr(torch, dtype)),), signature, tmp_path / "a.parts"
+        )
 
 
 def test_the_sidecar_describes_all_files(model: QuantizedModel, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_refuses_what_its_blocks_cannot_hold(scheme: dict[str, Any], why: str) -
 def test_refuses_other_models(tmp_path: Path) -> None:
     plan = Recipe.load({"name": "all", "rules": [{"type": "Linear", "scheme": INT4}]}).match(TinyLM())
     problems = check(plan, [EXPORTER])
-    assert "is no layer of a language model that llama.cpp" in problems[0].message
+    assert "a .gguf has no place for it" in problems[0].message
     other = CausalLM({"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 96}).eval()
     rule = {"name": "float", "rules": [{"name": "*", "scheme": None}]}
     for module, why in (

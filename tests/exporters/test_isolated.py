@@ -67,6 +67,9 @@ class Echo(Exporter):
         if code == 5:
             return x.double() * 2
         return x
+
+class Bare(Echo):
+    name, packages, extra = "bare", ("no_such_package",), "bare"
 """
 
 
@@ -78,7 +81,9 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     info = folder / "echo-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: echo\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[qaware.exporters]\necho = echo_plugin:Echo\n")
+    (info / "entry_points.txt").write_text(
+        "[qaware.exporters]\necho = echo_plugin:Echo\nbare = echo_plugin:Bare\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
         yield folder
@@ -128,6 +133,12 @@ def test_one_runner_through_everything_that_it_survives_and_its_death(plugin: Pa
                 call(runner, 2, big.detach())
             assert "good.echo: the process of echo was killed by SIGABRT" in str(died.value)
             assert "it said: second | assertion failed: x > 0 | at model.cpp:12" in str(died.value)
+
+
+def test_a_missing_package_names_the_extra(plugin: Path, tmp_path: Path) -> None:
+    why = r"bare: package 'no_such_package' is not installed; pip install 'qaware\[bare\]'$"
+    with pytest.raises(QawareError, match=rf"^good\.echo on bare: cannot be loaded: {why}"):
+        IsolatedRunner(artifact(tmp_path, "good", "bare"))
 
 
 @pytest.mark.parametrize(
