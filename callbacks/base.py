@@ -22,6 +22,7 @@ from qaware.callbacks.state import CONVERTED, QuantizationState, set_state
 from qaware.engines.choose import ENGINES, lay_out
 from qaware.errors import QawareError
 from qaware.exporters import get_exporters
+from qaware.exporters.base import require_wide
 from qaware.exporters.check import require_legal
 from qaware.metrics.hub import load_extra
 from qaware.parity_levels import DEFAULT, require_level
@@ -145,6 +146,8 @@ class QuantizationCallback(Callback):
                 "export: needs one batch of tensors that enter the model, and validation gave none; give the "
                 "Trainer a val_dataloader, or target= a submodule that takes tensors"
             )
+        if task is not None and self.exporters:
+            require_wide(task.signature)
         if task is None:
             rank_zero_info("qaware: nothing to score on, so the model is quantized but not scored")
         return task

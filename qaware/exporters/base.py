@@ -142,7 +142,7 @@ class Exporter(abc.ABC):
         if path.is_dir() and not is_artifact_folder(path):
             raise QawareError(f"{path}: is a folder that no export wrote; choose another path or remove it")
         require_grids(quantized)
-        _require_wide(signature)
+        require_wide(signature)
         signature.validate(example)
         cached = _about_cache(quantized.module, signature, self.cache_length)
         work = copy.deepcopy(quantized)
@@ -171,7 +171,7 @@ class Exporter(abc.ABC):
         return artifact
 
 
-def _require_wide(signature: Signature) -> None:
+def require_wide(signature: Signature) -> None:
     """Inputs in half precision, as ``bf16-true`` makes them of floats, pass no runtime."""
     for spec in signature.inputs:
         if spec.dtype in ("bfloat16", "float16"):

@@ -165,10 +165,7 @@ def serve(runtime: str, path: Path, requested: Area, replied: Area) -> None:
     os.dup2(2, 1)  # what the runtime prints must not mix with the replies
     try:
         signature = Artifact.open(path).signature
-        exporter = get_exporter(runtime)
-        if problem := exporter.missing():
-            raise QawareError(problem)
-        run: Any = exporter.open(path, signature)
+        run: Any = _opened(get_exporter(runtime), path, signature)
         sizes = [getattr(run, "length", 0), getattr(run, "most", signature.longest)]
         send(replies, replied, _OK, [np.array(sizes, dtype=np.int64)])
     except Exception as error:
@@ -183,6 +180,15 @@ def serve(runtime: str, path: Path, requested: Area, replied: Area) -> None:
                 send(replies, replied, _OK, [output.float().contiguous().numpy()])
         except Exception as error:
             send(replies, replied, _ERROR, _text(_told(error)))
+
+
+def _opened(exporter: Any, path: Path, signature: Any) -> Any:
+    from qaware.exporters.base import Exporter
+
+    # Its packages; what exporting needs more, a compiler, is not asked for.
+    if problem := Exporter.missing(exporter):
+        raise QawareError(problem)
+    return exporter.open(path, signature)
 
 
 def _told(error: Exception) -> str:

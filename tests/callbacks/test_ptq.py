@@ -406,6 +406,15 @@ def test_double_precision_is_refused_before_anything_runs() -> None:
             getattr(trainer(callbacks=[static()], precision="64-true"), begin)(classifier(), images())
 
 
+def test_inputs_in_half_precision_are_refused_before_training(tmp_path: Path) -> None:
+    model = classifier()
+    before = model.net[0].weight.detach().clone()
+    qat = QuantizationAwareTraining("int8-dynamic", export=["tract"], target="net", output_dir=tmp_path)
+    with pytest.raises(QawareError, match=r"is bfloat16, and artifacts take float32 inputs; use precision"):
+        trainer(callbacks=[qat], precision="bf16-true", max_epochs=1).fit(model, images(), images(1))
+    assert torch.equal(model.net[0].weight.float(), before.bfloat16().float())
+
+
 def test_several_loaders_and_their_batches(tmp_path: Path) -> None:
     class Two(LitClassifier):
         def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
