@@ -11,6 +11,8 @@ from qaware.engines.levels import fake_quantize
 from qaware.scheme import Scheme
 
 _NUMBERS = 1 << 18
+_LEAST_ROWS = 256
+"""Each part goes through all columns, one after the other."""
 
 
 class Grid:
@@ -65,7 +67,7 @@ class Grid:
         their size."""
         if self.scheme.per_tensor:
             return len(weight)
-        return max(_NUMBERS // weight.shape[1], 1)
+        return max(_NUMBERS // weight.shape[1], _LEAST_ROWS)
 
     def widest(self, weight: Tensor) -> Tensor:
         """The legal scale of the largest absolute value, for ``weight`` (blocks, weights of a block):

@@ -34,6 +34,7 @@ def test_parts_are_rounded_as_the_whole_is(method: Any, monkeypatch: pytest.Monk
     layers, lines = [], []
     for numbers in (1 << 18, 7 * 64):  # 50 rows at once, and 7
         monkeypatch.setattr(grids, "_NUMBERS", numbers)
+        monkeypatch.setattr(grids, "_LEAST_ROWS", 1)
         layer = prepared(method)
         lines.append(round_layer("up", layer, [], recipe(method, SCHEME), seen(layer, inputs())))
         layers.append(layer)
@@ -50,6 +51,7 @@ def test_parts_are_rounded_as_the_whole_is(method: Any, monkeypatch: pytest.Monk
 
 def test_the_hessian_is_factored_once_for_all_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grids, "_NUMBERS", 7 * 64)
+    monkeypatch.setattr(grids, "_LEAST_ROWS", 1)
     made: list[Tensor] = []
     plain = gptq._inverse_factor
     monkeypatch.setattr(gptq, "_inverse_factor", lambda matrix: made.append(matrix) or plain(matrix))
@@ -69,6 +71,7 @@ def whole_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return rtn.choose(weight, grid, Rtn(), None)
 
     monkeypatch.setattr(grids, "_NUMBERS", 7 * 64)
+    monkeypatch.setattr(grids, "_LEAST_ROWS", 1)
     qaware.register_rounding("whole-rows", nearest)
     return found
 
