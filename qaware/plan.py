@@ -11,6 +11,7 @@ from qaware.errors import QawareError
 from qaware.layout import Layout
 from qaware.recipe import Recipe
 from qaware.scheme import Scheme
+from qaware.wording import counted
 
 FOLDED = "folded into"
 
@@ -124,18 +125,20 @@ class Plan:
     def summary(self) -> str:
         """One line: how many layers and how much of the model are quantized; tied ones count once, adapters
         apart."""
-        done = sum({d.tied_to or d.parameter: d.numel for d in self.quantized.values()}.values())
+        done = sum({_owner(d): d.numel for d in self.quantized.values()}.values())
         total = sum(d.numel for d in self.decisions if d.tied_to is None and d.dropped is None)
         return (
-            f"{self.recipe.name}: {len(self.quantized)} layers, {done:,} of {total:,} parameters "
+            f"{self.recipe.name}: {counted(len(self.quantized), 'layer')}, {done:,} of {total:,} parameters "
             f"({done / max(total, 1):.1%}) quantized{self._left_float()}"
         )
 
     def _left_float(self) -> str:
-        """The types that hold most of what stays float, so that a layer left out is not overlooked."""
+        """The types that hold most of what stays float, so that a layer left out is not overlooked. A weight
+        that is quantized for one of those that share it counts there."""
         held: Counter[str] = Counter()
+        done = {_owner(d) for d in self.quantized.values()}
         for decision in self.skipped:
-            if decision.tied_to is None and decision.dropped is None:
+            if decision.tied_to is None and decision.dropped is None and decision.parameter not in done:
                 held[decision.type.rpartition(".")[2]] += decision.numel
         text = ", ".join(f"{kind} {count:,}" for kind, count in held.most_common(3))
         adapters = sum(d.numel for d in self.decisions if d.dropped and not d.dropped.startswith(FOLDED))
@@ -156,6 +159,11 @@ class Plan:
                 f"recipe {self.recipe.name!r} quantizes nothing in this model (rules: "
                 f"{', '.join(r.label for r in self.recipe.rules)}); add a rule that matches its layers"
             )
+
+
+def _owner(decision: Decision) -> str:
+    """The first of the parameters that are the same tensor."""
+    return decision.tied_to or decision.parameter
 
 
 def _laid(decision: Decision, layout: Layout) -> Decision:
@@ -194,7 +202,8 @@ def _group_choice(decision: Decision) -> str:
     if decision.obstacle is not None or indivisible(decision.scheme, decision.width) is None:
         return ""
     assert decision.scheme is not None
-    near = [str(g) for g in nearest_groups(decision.width, decision.scheme.group_size)[:3]]
+    sizes = nearest_groups(decision.width, decision.scheme.group_size)
+    near = [str(size) for size in sizes if size != decision.width][:3]  # the whole row is 0
     groups = f"{' or '.join(near)}, or " if near else ""
     return f"; nearest legal group_size: {groups}0 (one scale per output channel)"
 

@@ -106,7 +106,25 @@ def test_ties_are_named_and_counted_once() -> None:
 
 
 def test_a_tied_head_counts_where_the_embedding_stays_float() -> None:
-    assert plan(Rule(Scheme(8), role="head")).summary().startswith("r: 1 layers, 320 of ")
+    head_only = plan(Rule(Scheme(8), role="head")).summary()
+    assert head_only.startswith("r: 1 layer, 320 of ")
+    assert "Embedding" not in head_only
+
+
+@pytest.mark.parametrize(
+    ("embedding", "head", "text"),
+    [
+        (None, Scheme(8), "1 layer, 1,280 of 1,320 parameters (97.0%) quantized; float: Linear 40"),
+        (Scheme(8), None, "1 layer, 1,280 of 1,320 parameters (97.0%) quantized; float: Linear 40"),
+        (Scheme(8), Scheme(4), "2 layers, 1,280 of 1,320 parameters (97.0%) quantized; float: Linear 40"),
+        (None, None, "0 layers, 0 of 1,320 parameters (0.0%) quantized; float: Embedding 1,280, Linear 40"),
+    ],
+)
+def test_the_shares_of_a_tied_model_add_up(embedding: Scheme | None, head: Scheme | None, text: str) -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(40, 32), "lm_head": nn.Linear(32, 40)})
+    model["lm_head"].weight = model["embed"].weight
+    made = plan(Rule(embedding, name="embed"), Rule(head, name="lm_head"), model=model)
+    assert made.summary() == f"r: {text}"
 
 
 def test_a_shared_module_has_one_decision() -> None:
@@ -128,7 +146,7 @@ def test_a_group_that_does_not_divide_names_layer_value_and_way_out() -> None:
         made.require_possible()
     assert str(caught.value) == (
         "recipe 'r': down_proj: group_size 32 does not divide its 172 input weights; "
-        "nearest legal group_size: 43 or 86 or 172, or 0 (one scale per output channel)"
+        "nearest legal group_size: 43 or 86 or 4, or 0 (one scale per output channel)"
     )
 
 
