@@ -112,8 +112,6 @@ def _candidates(decision: Decision) -> Iterator[Scheme]:
     if wanted.is_float:
         yield from (Scheme(8), Scheme(8, activation="int8-static"))
         return
-    groups = nearest_groups(decision.width, wanted.group_size or decision.width)
-    groups = [*groups, 0] if wanted.group_size else [0, *groups]
     other = "int8-static" if decision.type in CONVOLUTIONS else "int8-dynamic"
     activations = ["none"] if decision.type == "Embedding" else [wanted.activation, other, "none"]
     for bits, activation, symmetric, dtype, group in itertools.product(
@@ -121,10 +119,17 @@ def _candidates(decision: Decision) -> Iterator[Scheme]:
         dict.fromkeys(activations),
         dict.fromkeys((wanted.symmetric, True)),
         dict.fromkeys((wanted.scale_dtype, "bfloat16", "float32")),
-        groups,
+        _groups(decision.width, wanted.group_size),
     ):
         observer = wanted.observer if activation == wanted.activation else "minmax"
         per_tensor = wanted.per_tensor and activation == wanted.activation and group == 0
         levels = wanted.levels if bits == wanted.bits and symmetric else "all"
         yield Scheme(bits, group, activation, symmetric, dtype, observer, per_tensor, levels)
     yield Scheme(FLOAT16_BITS)
+
+
+def _groups(width: int, wanted: int) -> list[int]:
+    """Group sizes that divide a row of ``width``, nearest first. The row itself is 0 before it is its width,
+    which is left to runtimes that have groups only."""
+    near = nearest_groups(width, wanted or width)
+    return [group for size in near for group in ((0, size) if size == width else (size,))] or [0]

@@ -68,7 +68,7 @@ def nearest(exporters: list[Exporter], made: Plan = INT4) -> Scheme | None:
     [
         ([], Scheme(4, 43, "int8-dynamic", scale_dtype="bfloat16")),
         ([ANYTHING], Scheme(4, 43, "int8-dynamic", scale_dtype="bfloat16")),
-        ([ANYTHING, GROUPS_OF_4], Scheme(4, 172, "int8-dynamic", scale_dtype="bfloat16")),
+        ([ANYTHING, GROUPS_OF_4], Scheme(4, 0, "int8-dynamic", scale_dtype="bfloat16")),
         ([GROUPS_OF_4, CHANNEL], Scheme(4, 0, "int8-dynamic", scale_dtype="bfloat16")),
         ([CHANNEL, EIGHT_PER_CHANNEL], Scheme(8, 0, "int8-dynamic", scale_dtype="bfloat16")),
         ([CHANNEL, EIGHT_PER_CHANNEL, WEIGHT_ONLY], Scheme(8, 0, "none", scale_dtype="bfloat16")),
@@ -106,6 +106,17 @@ def test_a_static_activation_keeps_its_observer_and_another_has_none() -> None:
 def test_a_far_group_is_found_before_the_scheme_changes() -> None:
     made = Recipe("r", (Rule(Scheme(4, 32), type="Linear"),)).match(nn.Sequential(nn.Linear(4096, 8)))
     assert check(made, [Fake("f", lambda s: s.group_size == 2048)])[0].nearest == Scheme(4, 2048)
+
+
+def test_a_group_of_the_whole_row_is_said_by_0() -> None:
+    made = plan(Rule(Scheme(4, 128), name="down_proj"))
+    assert nearest([Fake("f", lambda s: s.group_size in (0, WIDTH, 4))], made) == Scheme(4)
+    assert nearest([Fake("f", lambda s: s.group_size in (WIDTH, 4))], made) == Scheme(4, WIDTH)
+
+
+def test_a_row_of_one_weight_has_one_scale() -> None:
+    made = Recipe("r", (Rule(Scheme(3, 2), type="Linear"),)).match(nn.Linear(1, 8))
+    assert check(made, [])[0].nearest == Scheme(3)
 
 
 def test_asymmetric_becomes_symmetric() -> None:

@@ -16,6 +16,7 @@ from qaware.exporters import get_exporter
 from qaware.exporters.check import check
 from qaware.exporters.signature import Signature, TensorSpec
 from qaware.recipe import Recipe
+from qaware.scheme import Scheme
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import SIGNATURE, TinyLM, quantize, tokens
@@ -30,9 +31,9 @@ BLOCK = {"bits": 4, "group_size": 32, "activation": "int8-dynamic", "scale_dtype
     [
         ({**BLOCK, "symmetric": False}, "have no zero points in LiteRT", BLOCK),
         ({**BLOCK, "group_size": 16}, "are 32, 64, 128, 256 weights with bfloat16 scales", BLOCK),
-        # A group of all 64 is one scale per channel.
-        ({**BLOCK, "scale_dtype": "float32"}, "with bfloat16 scales", {"bits": 4, "group_size": 64}),
-        ({**BLOCK, "bits": 8}, "one scale per channel; no groups", {**BLOCK, "bits": 8, "group_size": 64}),
+        # A group of all 64 is one scale per channel, which 0 says.
+        ({**BLOCK, "scale_dtype": "float32"}, "with bfloat16 scales", {"bits": 4}),
+        ({**BLOCK, "bits": 8}, "one scale per channel; no groups", {**BLOCK, "bits": 8, "group_size": 0}),
     ],
     ids=str,
 )
@@ -41,7 +42,7 @@ def test_refuses_what_int8_products_have_not(scheme: dict[str, Any], why: str, n
     (problem,) = [p for p in check(plan, [EXPORTER]) if p.layer]
     assert why in problem.message
     assert problem.nearest is not None
-    assert problem.nearest.to_dict() == {**nearest, "activation": "int8-dynamic"}
+    assert problem.nearest == Scheme(**{**nearest, "activation": "int8-dynamic"})
 
 
 def test_refuses_groups_in_a_convolution() -> None:
