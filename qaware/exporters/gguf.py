@@ -77,7 +77,10 @@ class GGUFExporter(TextExporter):
                 f"groups and widths that are multiples of {BLOCK}"
             )
         if scheme.scale_dtype == "float32":
-            return f"{scheme.label} has float32 scales, GGUF's blocks float16; use scale_dtype: float16"
+            return (
+                f"{scheme.label} has float32 scales, GGUF's blocks float16; use scale_dtype: bfloat16 or "
+                "float16"
+            )
         return None
 
     def unpacks(self, decision: Decision) -> str | None:

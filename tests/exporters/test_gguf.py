@@ -210,7 +210,7 @@ def test_without_a_tokenizer_the_report_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "why"),
     [
-        ({"bits": 4, "group_size": 32}, "float32 scales"),
+        ({"bits": 4, "group_size": 32}, "blocks float16; use scale_dtype: bfloat16 or float16"),
         ({**INT4, "symmetric": False}, "zero points"),
         ({**INT4, "group_size": 16}, "multiples of 32"),
         ({**INT4, "activation": "int8-static"}, "no static activations"),
