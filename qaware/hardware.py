@@ -11,6 +11,7 @@ from collections import Counter
 
 from qaware.plan import Decision, Plan
 from qaware.scheme import Scheme
+from qaware.wording import counted
 
 _LARGEST_LOW = 7
 _ARM_LINEAR, _ARM_EMBEDDING, _XNNPACK = 16, 32, 32
@@ -25,7 +26,7 @@ def hardware_notes(plan: Plan) -> list[str]:
         for decision in plan.quantized.values()
         if decision.scheme is not None and (where := fast_on(decision))
     )
-    return [f"{line} ({count} {'layer' if count == 1 else 'layers'})" for line, count in found.items()]
+    return [f"{line} ({counted(count, 'layer')})" for line, count in found.items()]
 
 
 def fast_on(decision: Decision) -> str | None:

@@ -34,6 +34,7 @@ from qaware.exporters.packed_layers import PackedConvolution, PackedLinear, pack
 from qaware.exporters.signature import Signature
 from qaware.exporters.static_limits import refuse_static
 from qaware.plan import Decision, Plan
+from qaware.wording import counted
 
 PRODUCTS = ("integer", "float")
 
@@ -164,22 +165,25 @@ def _about_products(products: list[str], module: nn.Module) -> list[str]:
         kinds = [f"{exact} with int8 activations"] if exact else []
         if exact < len(products):
             kinds.append(f"{len(products) - exact} with activations rounded to 16 bits for each token")
-        notes.append(f"{len(products)} linear layers multiply packed integers: {', '.join(kinds)}")
+        layers = counted(len(products), "linear layer")
+        notes.append(f"packed integers are multiplied in {layers}: {', '.join(kinds)}")
     floats = sum(
         type(part) is PackedLinear or isinstance(part, PackedConvolution) for part in module.modules()
     )
     if floats:
-        notes.append(f"integers of {floats} layers are expanded to floats for each product: small, not fast")
+        layers = counted(floats, "layer")
+        notes.append(f"integers of {layers} are expanded to floats for each product: small, not fast")
     return notes
 
 
 def _found(made: Kernels, planned: int, module: nn.Module) -> Written:
     """What became of the layers that were to be int8 kernels, and whether other integers became floats."""
     done = sum(made.int8.values())
+    layers = f"{done} of {counted(planned, 'layer')} with static activations"
     counts = ", ".join(f"{kind} {count}" for kind, count in made.int8.items() if count)
-    notes = [f"{done} of {planned} layers with static activations are int8 kernels of onednn ({counts})"]
+    notes = [f"int8 kernels of onednn compute {layers}" + (f" ({counts})" if counts else "")]
     if done < planned:
-        notes.append(f"{planned - done} of them are float kernels")
+        notes.append(f"float kernels compute {planned - done} of them")
     # A folded weight is a float constant of its size; the file's floats differ by nothing else.
     floats = {t.data_ptr(): t.nbytes for t in module.state_dict().values() if t.dtype == torch.float32}
     grown = made.constants.get("float32", 0) - sum(floats.values())

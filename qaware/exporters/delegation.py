@@ -14,6 +14,7 @@ from typing import Any
 from torch.fx import Node
 
 from qaware.exporters.executorch_rewrite import CONSTANT
+from qaware.wording import counted
 
 _WEIGHT = {"convolution": 1, "linear": 1, "mm": 1, "addmm": 2, "embedding": 0}
 """Which argument of an operator is its weight; its input is the one before, but for an embedding."""
@@ -44,8 +45,8 @@ class Delegation:
         share = self.int8_weights / max(self.weights, 1)
         left = ", ".join(f"{name} {count}" for name, count in self.portable.items()) or "nothing"
         return (
-            f"XNNPACK runs {self.int8_layers} of {self.layers} layers in int8, {share:.1%} of the weights; "
-            f"not delegated: {left}",
+            f"XNNPACK runs {self.int8_layers} of {counted(self.layers, 'layer')} in int8, {share:.1%} of the "
+            f"weights; not delegated: {left}",
         )
 
 

@@ -15,6 +15,7 @@ from qaware.exporters.precision import in_float32, to_float32
 from qaware.exporters.signature import Signature
 from qaware.matching import CONVOLUTIONS
 from qaware.plan import Decision, Plan
+from qaware.wording import counted
 
 _ON_AN_EDGE = (
     "a float32 product or average near the edge between two integers moves by a step: 0 in small networks, 2 "
@@ -152,4 +153,5 @@ def _about_products(count: int, plan: Plan) -> tuple[str, ...]:
     total = sum(d.scheme is not None and d.scheme.is_static for d in plan.quantized.values())
     if not total:
         return ()
-    return (f"{count} of {total} layers with static activations multiply integers, the others floats",)
+    layers = f"{count} of {counted(total, 'layer')} with static activations"
+    return (f"integers are multiplied in {layers}, floats in the others",)

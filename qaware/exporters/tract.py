@@ -27,6 +27,7 @@ from qaware.exporters.tract_dump import products
 from qaware.exporters.tract_programs import CACHE_LENGTH, FORMS, LONG_INPUTS
 from qaware.matching import CONVOLUTIONS
 from qaware.plan import Decision, Plan
+from qaware.wording import counted
 
 PLAIN: dict[str, type[nn.Module]] = {
     "Linear": nn.Linear,
@@ -161,9 +162,8 @@ class TractExporter(Exporter):
         counts = products(path) if static else None
         if counts is None:
             return Written()
-        summary = (
-            f"tract multiplies integers in {counts.get('I32', 0)} products, floats in {counts.get('F32', 0)}"
-        )
+        integers = counted(counts.get("I32", 0), "product")
+        summary = f"tract multiplies integers in {integers}, floats in {counts.get('F32', 0)}"
         notes = [summary, *_multiplied_in_float(floating)]
         return Written(tuple(notes), {"products": counts})
 
@@ -195,7 +195,7 @@ def _multiplied_in_float(floating: dict[str, str]) -> list[str]:
 
     lines = [f"{name} is multiplied in float: {why}" for name, why in floating.items() if why != RESCALED]
     if chosen := len(floating) - len(lines):
-        lines.append(f"{chosen} convolutions are multiplied in float, on the same integers: {RESCALED}")
+        lines.append(f"the same integers are floats in {counted(chosen, 'convolution')}: {RESCALED}")
     return lines
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from qaware.files import write_json, write_text
 from qaware.rounding.folding import NOT_SCALED
 from qaware.rounding.report import RoundingReport
+from qaware.wording import counted
 
 SUFFIX = ".rounding.json"
 MOST = 10
@@ -69,7 +70,7 @@ def summary(lines: Sequence[Line]) -> list[str]:
     """One sentence each: how many layers and how well, where scales went, which ties there were, and all else
     that was not done as asked, with the number of layers."""
     methods = ", ".join(dict.fromkeys(line["method"] for line in lines))
-    text = f"{_layers(len(lines))} by {methods}"
+    text = f"{counted(len(lines), 'layer')} by {methods}"
     ratios = [ratio for line in lines if (ratio := _ratio(line)) is not None]
     if ratios:
         worse = sum(ratio > _WORSE for ratio in ratios)
@@ -79,7 +80,7 @@ def summary(lines: Sequence[Line]) -> list[str]:
     parts = [part for line in lines for part in line["note"].split("; ") if part]
     folders = [part for part in parts if part.startswith(_FOLDERS)]
     others = Counter(part for part in parts if not part.startswith(_FOLDERS))
-    rest = [f"{_layers(count)}: {part}." for part, count in others.most_common(MOST)]
+    rest = [f"{counted(count, 'layer')}: {part}." for part, count in others.most_common(MOST)]
     return [f"{text}.", *_scales(folders), *_ties(lines), *rest]
 
 
@@ -90,8 +91,8 @@ def _scales(parts: Sequence[str]) -> list[str]:
         notes = [part.partition(": ")[2] for part in parts if part.startswith(f"{step}: ")]
         reasons = Counter(n.removeprefix(f"{NOT_SCALED}, ") for n in notes if n.startswith(NOT_SCALED))
         done = len(notes) - sum(reasons.values())
-        left = "".join(f"; not {_layers(count)}: {why}" for why, count in reasons.most_common(MOST))
-        told.append(f"{step}: scaled what enters {_layers(done)}{left}.")
+        left = "".join(f"; not {counted(count, 'layer')}: {why}" for why, count in reasons.most_common(MOST))
+        told.append(f"{step}: scaled what enters {counted(done, 'layer')}{left}.")
     return told
 
 
@@ -148,10 +149,6 @@ def rounding_html(folder: Path) -> str:
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else ""
         text += f"<h3>{escape(label)}</h3><ul>{told}</ul>{table}"
     return f"<h2>Rounding</h2>{text}<p>{escape(_LEGEND)}</p>" if text else ""
-
-
-def _layers(count: int) -> str:
-    return f"{count} layer" + ("" if count == 1 else "s")
 
 
 def _ratio(line: Line) -> float | None:

@@ -115,5 +115,6 @@ def test_notes_say_what_is_multiplied(llama: Exported) -> None:
     if not EXPORTER.multiplies_integers:  # type: ignore[attr-defined]
         pytest.skip("the kernel is for CPUs with AVX512-VNNI")
     assert llama.artifact.notes[0] == (
-        "15 linear layers multiply packed integers: 15 with activations rounded to 16 bits for each token"
+        "packed integers are multiplied in 15 linear layers: 15 with activations rounded to 16 bits for "
+        "each token"
     )

@@ -30,7 +30,9 @@ if EXPORTER.missing():
 def test_an_int8_network_is_the_one_that_was_converted(tmp_path: Path, per_tensor: bool) -> None:
     quantized, path = static_net.static_net(per_tensor), tmp_path / "a.tflite"
     artifact = EXPORTER.export(quantized, (static_net.images(1),), static_net.SIGNATURE, path)
-    assert artifact.notes == ("6 of 6 layers with static activations multiply integers, the others floats",)
+    assert artifact.notes == (
+        "integers are multiplied in 6 of 6 layers with static activations, floats in the others",
+    )
     assert static_net.steps(EXPORTER.open(path, static_net.SIGNATURE), quantized) == (0.0, 0.0)
     assert EXPORTER.tolerance_for(quantized.plan).steps == 1
     file = Flatbuffer(path.read_bytes())

@@ -94,7 +94,9 @@ def test_onednn_takes_all_layers(exported: Callable[..., Made]) -> None:
     artifact = Artifact.open(exported("aoti").artifact.path)
     assert artifact.details["kernels"]["int8"] == {"qconv": 5, "qlinear": 1}
     assert artifact.details["kernels"]["floating"] == {}
-    assert artifact.notes[0].startswith(f"{LAYERS} of {LAYERS} layers with static activations are int8")
+    assert artifact.notes[0].startswith(
+        f"int8 kernels of onednn compute {LAYERS} of {LAYERS} layers with static"
+    )
     assert not any("expanded" in note for note in artifact.notes)
 
 
@@ -109,7 +111,7 @@ def test_tract_multiplies_integers_where_a_weight_has_one_scale(exported: Callab
 def test_tract_multiplies_convolutions_of_many_scales_as_floats(exported: Callable[..., Made]) -> None:
     artifact = Artifact.open(exported("tract").artifact.path)
     assert artifact.details["products"] == {"I32": 1, "F32": 5}
-    assert artifact.notes[1].startswith("5 convolutions are multiplied in float, on the same integers: their")
+    assert artifact.notes[1].startswith("the same integers are floats in 5 convolutions: their")
     assert artifact.bytes < exported("tract", True).artifact.bytes + 4096, "weights are stored as integers"
 
 
