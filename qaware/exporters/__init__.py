@@ -54,7 +54,8 @@ def get_exporter(named: str | Mapping[str, Any]) -> Exporter:
     Importing it does not import the runtime's package.
 
     Raises:
-        QawareError: unknown name or option, or a plugin that cannot be imported.
+        QawareError: unknown name or option, an option's value that is none, or a plugin that cannot be
+            imported or is no exporter of its name.
     """
     name = runtime_name(named)
     made = _exporter_class(name)
@@ -63,7 +64,13 @@ def get_exporter(named: str | Mapping[str, Any]) -> Exporter:
     if unknown := sorted(set(options) - set(known)):
         offered = f"its options are {', '.join(known)}" if known else "it has no options"
         raise QawareError(f"export.{name}.{unknown[0]}: is no option of this runtime; {offered}")
-    exporter: Exporter = made(**options)
+    try:
+        exporter: Exporter = made(**options)
+    except QawareError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise QawareError(f"export.{name}: {made.__name__} cannot be made ({error})") from error
+    _require_length(name, exporter.cache_length)
     return exporter
 
 
@@ -88,4 +95,23 @@ def _exporter_class(name: str) -> Any:
     plugin = find_plugin(_GROUP, name)
     if plugin is None:
         raise QawareError(f"runtime: {name!r} is not one of {', '.join(exporter_names())}")
-    return load_plugin(plugin, "runtime")
+    return _require_exporter(name, plugin.value, load_plugin(plugin, "runtime"))
+
+
+def _require_exporter(name: str, value: str, found: Any) -> Any:
+    """A plugin's class; what it writes is loaded by the name in it, in a process that knows no other."""
+    from qaware.exporters.base import Exporter
+
+    if not (isinstance(found, type) and issubclass(found, Exporter)):
+        raise QawareError(f"runtime: {name!r} is {found!r} ({value}); give a class of qaware's Exporter")
+    own = getattr(found, "name", None)
+    if own != name:
+        raise QawareError(f"runtime: {name!r} is an exporter with name = {own!r} ({value}); make them one")
+    return found
+
+
+def _require_length(name: str, length: Any) -> None:
+    if length is not None and (type(length) is not int or length < 1):
+        raise QawareError(
+            f"export.{name}.cache_length: {length!r} must be a number of tokens, 1 or more, or null"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,26 @@ from qaware.exporters import BUILTIN, exporter_names, get_exporter
 from qaware.exporters.base import Exporter, Tolerance
 
 PLUGIN = """
-class Fine:
-    name = "fine"
-raise_on_import = False
+from qaware.exporters.base import Exporter, Tolerance
+
+class Fine(Exporter):
+    name, suffix, tolerance = "fine", ".fine", Tolerance(1, 1, "none")
+
+    def refuse(self, decision): ...
+    def write(self, quantized, example, signature, path): ...
+    def open(self, path, signature): ...
+
+class Needy(Fine):
+    name = "needy"
+    def __init__(self, device): ...
+
+class Abstract(Exporter):
+    name, suffix, tolerance = "abstract", ".abstract", Tolerance(1, 1, "none")
+
+class Unrelated:
+    name = "unrelated"
+
+number = 5
 """
 
 
@@ -68,6 +86,36 @@ def test_a_broken_plugin_is_named_and_does_not_hide_the_others(
     with pytest.raises(QawareError, match=r"'fine' cannot be loaded.*Missing"):
         get_exporter("fine")
     assert get_exporter("aoti").name == "aoti"
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "words"),
+    [
+        (
+            "number",
+            "number",
+            r"runtime: 'number' is 5 \(odd_plugin:number\); give a class of qaware's Exporter",
+        ),
+        ("unrelated", "Unrelated", r"'unrelated' is <class .*; give a class of qaware's Exporter"),
+        ("finer", "Fine", r"'finer' is an exporter with name = 'fine' \(odd_plugin:Fine\); make them one"),
+        ("needy", "Needy", r"export.needy: Needy cannot be made \(.*'device'"),
+        ("abstract", "Abstract", r"export.abstract: Abstract cannot be made \(.*abstract method"),
+    ],
+)
+def test_what_is_no_exporter_of_its_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, target: str, words: str
+) -> None:
+    install(tmp_path, name, f"odd_plugin:{target}", PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "odd_plugin", raising=False)
+    with pytest.raises(QawareError, match=words):
+        get_exporter(name)
+
+
+@pytest.mark.parametrize("length", ["long", 0, -4, True, 2.0])
+def test_a_cache_length_is_a_number_of_tokens(length: object) -> None:
+    with pytest.raises(QawareError, match=r"^export.tract.cache_length: .* must be a number of tokens"):
+        get_exporter({"tract": {"cache_length": length}})
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:
