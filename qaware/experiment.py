@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import ArgumentParser
 
+from qaware.callbacks import PostTrainingQuantization, QuantizationAwareTraining
 from qaware.callbacks.data import find_target
-from qaware.callbacks.distillation import require_share
 from qaware.config import Config, build, parse
 from qaware.errors import QawareError
 from qaware.exporters import get_exporters
 from qaware.exporters.check import require_legal
 from qaware.metrics.hub import load_extra
-from qaware.parity_levels import DEFAULT, require_level
+from qaware.parity_levels import DEFAULT
 from qaware.plan import Plan
 from qaware.recipe import Recipe, Rule
 
 METHODS = ("ptq", "qat")
+_BUILT = ("model", "data", "trainer")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,50 @@ class Quantize:
         given = {"rounding": self.rounding, "learning": self.learning}
         return dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
 
+    def ptq(self, metrics: Sequence[str] = ()) -> PostTrainingQuantization:
+        """PTQ of this entry; without export when only QAT was asked for, as the loss to recover."""
+        return PostTrainingQuantization(
+            self.load_recipe(),
+            self.target,
+            self.export if "ptq" in self.methods else [],
+            metrics=metrics,
+            on_failure="warn",
+            engine=self.engine,
+            parity=self.parity,
+            calibration_batches=self.calibration_batches,
+        )
+
+    def qat(self, metrics: Sequence[str] = ()) -> QuantizationAwareTraining:
+        """QAT of this entry."""
+        return QuantizationAwareTraining(
+            self.load_recipe(),
+            self.target,
+            self.export,
+            metrics=metrics,
+            on_failure="warn",
+            engine=self.engine,
+            parity=self.parity,
+            start_step=self.start_step,
+            freeze_observers_step=self.freeze_observers_step,
+            freeze_batch_norm_step=self.freeze_batch_norm_step,
+            distillation=self.distillation,
+            anneal_steps=self.anneal_steps,
+        )
+
+    def check(self) -> None:
+        """Refuse what the callbacks would, which are needed after the float training only.
+
+        Raises:
+            QawareError: names the key and its value.
+        """
+        if wrong := [method for method in self.methods if method not in METHODS]:
+            raise QawareError(f"methods: {wrong[0]!r} is not one of {', '.join(METHODS)}")
+        if not self.methods:
+            raise QawareError(f"methods: is empty; give {', '.join(METHODS)} or both")
+        self.ptq()
+        if "qat" in self.methods:
+            self.qat()
+
 
 @dataclass(frozen=True)
 class FineTune:
@@ -76,6 +123,17 @@ class FineTune:
     max_steps: int
     lr: float | None = None
     """Learning rate in place of the model's own ``lr`` hyperparameter."""
+
+    def check(self) -> None:
+        """Refuse what would only be found after the float training, or train for ever.
+
+        Raises:
+            QawareError: no step, or a learning rate that is none.
+        """
+        if self.max_steps < 1:
+            raise QawareError(f"finetune.max_steps: {self.max_steps} must be at least 1")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise QawareError(f"finetune.lr: {self.lr} must be above 0; leave it out for the model's own")
 
 
 @dataclass(frozen=True)
@@ -101,13 +159,17 @@ class Experiment:
     """``raise`` when an artifact fails parity or its runtime dies, or ``warn``."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise QawareError(f"seed: {self.seed} must be 0 to {2**32 - 1}")
+        if self.on_failure not in ("raise", "warn"):
+            raise QawareError(f"on_failure: {self.on_failure!r} is not one of raise, warn")
         for i, entry in enumerate(self.quantize):
-            for method in entry.methods:
-                if method not in METHODS:
-                    raise QawareError(f"quantize[{i}].methods: {method!r} is not one of {', '.join(METHODS)}")
-            get_exporters(entry.export)
-            require_level(entry.parity)
-            require_share(entry.distillation)
+            try:
+                entry.check()
+            except QawareError as error:
+                raise QawareError(f"quantize[{i}]: {error}") from error
+        if self.finetune is not None:
+            self.finetune.check()
         if not self.quantize:
             raise QawareError("quantize: is empty; give at least one {recipe: ...}")
         if self.uses_qat and self.finetune is None:
@@ -125,7 +187,11 @@ def read_experiment(config: Config) -> Experiment:
     """Check ``config`` against :class:`Experiment`; unknown keys and wrong types are errors."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Experiment, None)
-    return Experiment(**parse(parser, "experiment", config))
+    # Left out, as jsonargparse would make objects of the classes that are named in them, of whatever kind;
+    # that is for ``build``.
+    plain = {key: value for key in _BUILT if isinstance(value := config.get(key), Mapping)}
+    parsed = parse(parser, "experiment", {**config, **{key: {} for key in plain}})
+    return Experiment(**{**parsed, **plain})
 
 
 def build_model(experiment: Experiment) -> pl.LightningModule:

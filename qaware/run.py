@@ -23,7 +23,6 @@ from qaware.config import arguments_of, build
 from qaware.engines.base import float_bytes
 from qaware.errors import QawareError
 from qaware.experiment import Experiment, Quantize, build_model, check_plans
-from qaware.exporters import runtime_name
 from qaware.exporters.base import first_line
 from qaware.files import write_json, write_text
 from qaware.pipeline import Pipeline
@@ -114,20 +113,9 @@ class Run:
     def _ptq(
         self, entry: Quantize, base: pl.LightningModule, data: pl.LightningDataModule, label: str
     ) -> PostTrainingQuantization:
-        """PTQ of the float model; without export when only QAT was asked for, as the loss to recover."""
-        export = entry.export if "ptq" in entry.methods else []
-        ptq = PostTrainingQuantization(
-            entry.load_recipe(),
-            entry.target,
-            export,
-            metrics=self.experiment.metrics,
-            on_failure="warn",
-            engine=entry.engine,
-            parity=entry.parity,
-            calibration_batches=entry.calibration_batches,
-        )
+        ptq = entry.ptq(self.experiment.metrics)
         self._connect(ptq, Comparison(label))
-        _say(f"{ptq.label}: {', '.join(['convert', *map(runtime_name, export)])}")
+        _say(f"{ptq.label}: {', '.join(['convert', *(exporter.name for exporter in ptq.exporters)])}")
         trainer = self._trainer({"limit_val_batches": 1}, ptq.label, [ptq])
         trainer.validate(base, datamodule=data, verbose=False)
         return ptq
@@ -139,23 +127,11 @@ class Run:
         data: pl.LightningDataModule,
         ptq: PostTrainingQuantization,
     ) -> QuantizationAwareTraining:
-        qat = QuantizationAwareTraining(
-            entry.load_recipe(),
-            entry.target,
-            entry.export,
-            metrics=self.experiment.metrics,
-            on_failure="warn",
-            engine=entry.engine,
-            parity=entry.parity,
-            start_step=entry.start_step,
-            freeze_observers_step=entry.freeze_observers_step,
-            freeze_batch_norm_step=entry.freeze_batch_norm_step,
-            distillation=entry.distillation,
-            anneal_steps=entry.anneal_steps,
-        )
+        qat = entry.qat(self.experiment.metrics)
         self._connect(qat, Comparison(CONTROL, ptq.label))
         qat.float_model = ptq.float_model
-        _say(f"{qat.label}: training, then {', '.join(['convert', *map(runtime_name, entry.export)])}")
+        runtimes = [exporter.name for exporter in qat.exporters]
+        _say(f"{qat.label}: training, then {', '.join(['convert', *runtimes])}")
         copied, trainer = self._finetuner(model, qat.label, [qat])
         trainer.fit(copied, datamodule=data)
         self._keep(trainer, qat.label)
@@ -189,17 +165,16 @@ class Run:
         self, options: dict[str, Any], label: str, callbacks: list[pl.Callback] | None = None
     ) -> pl.Trainer:
         options = dict(options)
-        own = [build("trainer.callbacks", c, pl.Callback) for c in options.pop("callbacks", None) or []]
-        given = options.pop("logger", None)
-        specs = given if isinstance(given, list) else [given] if given else []
+        own = [build("trainer.callbacks", c, pl.Callback) for c in _listed(options.pop("callbacks", None))]
+        specs = _listed(options.pop("logger", None))
         loggers = [build("trainer.logger", spec, Logger) for spec in specs]  # type: ignore[type-abstract]
         defaults = {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 10}
         arguments = arguments_of(pl.Trainer, "trainer", {**defaults, **options}, {"logger", "callbacks"})
-        return pl.Trainer(
-            **arguments,
-            logger=loggers or CSVLogger(self.folder / "logs", name=label.replace(" ", "-"), version=""),
-            callbacks=[*own, *(callbacks or [])],
-        )
+        kept = loggers or CSVLogger(self.folder / "logs", name=label.replace(" ", "-"), version="")
+        try:
+            return pl.Trainer(**arguments, logger=kept, callbacks=[*own, *(callbacks or [])])
+        except Exception as error:  # Lightning raises many kinds; all of them are about the arguments
+            raise QawareError(f"trainer: {' '.join(str(error).split())}") from error
 
     def _score_float(self, trainer: pl.Trainer, model: pl.LightningModule, label: str) -> None:
         module = detached_copy(model)
@@ -234,6 +209,10 @@ class Run:
             "cpu": machine.cpu(),
         }
         write_json(self.folder / "run.json", about)
+
+
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given] if given else []
 
 
 def _say(text: str) -> None:

@@ -221,7 +221,30 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
         ({"quantize": []}, "quantize: is empty"),
         ({"quantize": [{"recipe": "int5"}]}, "recipe: 'int5' is not known; did you mean 'int"),
         ({"quantize": [{"recipe": RECIPE, "methods": ["qta"]}]}, "methods: 'qta' is not one of ptq, qat"),
-        ({"quantize": [{"recipe": RECIPE, "methods": ["qat"]}]}, "finetune: is missing"),
+        ({"quantize": [{"recipe": RECIPE, "methods": []}]}, "methods: is empty; give ptq, qat or both"),
+        ({"quantize": [{"recipe": RECIPE, "methods": ["qat"]}], "finetune": None}, "finetune: is missing"),
+        (
+            {"quantize": [{"recipe": RECIPE}, {"recipe": RECIPE, "engine": "eagre"}]},
+            "quantize[1]: engine: 'eagr",
+        ),
+        (
+            {"quantize": [{"recipe": RECIPE, "calibration_batches": 0}]},
+            "calibration_batches: 0 must be at le",
+        ),
+        (
+            {"quantize": [{"recipe": RECIPE, "methods": ["qat"], "start_step": -1}]},
+            "start_step: -1 must be 0",
+        ),
+        ({"finetune": {"max_steps": -1}}, "finetune.max_steps: -1 must be at least 1"),
+        ({"finetune": {"max_steps": 4, "lr": -1.0}}, "finetune.lr: -1.0 must be above 0"),
+        ({"seed": -1}, "seed: -1 must be 0 to 4294967295"),
+        ({"on_failure": "ignore"}, "on_failure: 'ignore' is not one of raise, warn"),
+        ({"trainer": {"accelerator": "abacus"}}, "trainer: "),
+        ({"trainer": {"callbacks": 3}}, "trainer.callbacks: 3 must be {class_path"),
+        (
+            {"trainer": {"callbacks": [{"class_path": "qaware.Recipe"}]}},
+            "is not a lightning.pytorch.callbacks",
+        ),
         ({"quantize": [{"recipe": RECIPE, "export": ["onnx"]}]}, "runtime: 'onnx' is not one of"),
         ({"quantize": [{"recipe": RECIPE, "target": "nope"}]}, "nope"),
         ({"quantize": [{"recipe": RECIPE, "rounding": "gtpq"}]}, "rounding: 'gtpq' is not one of"),
@@ -257,6 +280,21 @@ def test_entries_with_the_same_label_are_told_apart(tmp_path: Path) -> None:
     for callback in callbacks:
         made._connect(callback, Comparison("float"))
     assert [c.label for c in callbacks] == [f"{RECIPE} ptq", f"{RECIPE} ptq 2", f"{RECIPE} ptq 3"]
+
+
+def test_callbacks_and_loggers_of_the_file_are_made_for_each_trainer(tmp_path: Path) -> None:
+    stop = "lightning.pytorch.callbacks.EarlyStopping"
+    monitor = {"class_path": stop, "init_args": {"monitor": "val_loss"}}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
+    settings = config(tmp_path)
+    settings["trainer"] |= {"callbacks": [monitor], "logger": logger}
+    made = Run(read_experiment(settings))
+    assert yaml.safe_load((made.folder / "config.yaml").read_text())["trainer"] == settings["trainer"]
+    trainers = [made._trainer(made.experiment.trainer or {}, "float") for _ in range(2)]
+    stoppers = [trainer.early_stopping_callback for trainer in trainers]
+    assert [stopper.monitor for stopper in stoppers if stopper] == ["val_loss"] * 2
+    assert stoppers[0] is not stoppers[1]
+    assert [type(trainer.logger).__name__ for trainer in trainers] == ["CSVLogger"] * 2
 
 
 def test_too_short_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
