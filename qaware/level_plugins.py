@@ -44,8 +44,9 @@ def register_levels(name: str, integers: Sequence[int]) -> None:
 
 
 def level_names() -> list[str]:
-    """Of sets that were registered or that an installed package has."""
-    return list(dict.fromkeys([*_sets, *plugin_names(GROUP)]))
+    """Of sets that were registered or that an installed package has; those that come with qaware win over
+    others of their name."""
+    return [name for name in dict.fromkeys([*_sets, *plugin_names(GROUP)]) if name not in BUILTIN]
 
 
 def find_levels(name: str) -> tuple[int, ...] | None:

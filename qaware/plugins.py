@@ -30,6 +30,6 @@ def load_plugin(entry: EntryPoint, what: str) -> Any:
     """
     try:
         return entry.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a main guard ends the process
         why = f"{type(error).__name__}: {error}"
         raise QawareError(f"{what}: {entry.name!r} cannot be loaded from {entry.value} ({why})") from error

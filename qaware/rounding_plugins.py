@@ -52,7 +52,7 @@ def register_rounding(name: str, function: Callable[..., Any]) -> None:
 
 def registered_names() -> list[str]:
     """Of functions that were registered or that an installed package has."""
-    return list(dict.fromkeys([*_functions, *plugin_names(GROUP)]))
+    return [name for name in dict.fromkeys([*_functions, *plugin_names(GROUP)]) if name not in STEPS]
 
 
 def find_step(name: str) -> type[Step] | None:
@@ -77,15 +77,18 @@ def function_of(name: str) -> Callable[..., Any]:
 def _make_step(name: str, function: Callable[..., Any]) -> type[Step]:
     if not callable(function):
         raise QawareError(f"rounding: {name!r} is registered with {function!r}; give a function")
-    parameters = list(inspect.signature(function).parameters.values())
+    signature = _signature(name, function)
+    parameters = list(signature.parameters.values())
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != _MOMENTS]
     wrong = [p.name for p in options if not isinstance(p.default, _TYPES)]
     if len(places) != 2 or wrong:
         raise QawareError(
             f"rounding: {name!r} must be function(weight, grid, *, option=default, ...), each default a "
-            f"bool, int, float or str, not {inspect.signature(function)}"
+            f"bool, int, float or str, not {signature}"
         )
+    if taken := [p.name for p in options if p.name == "name" or hasattr(Step, p.name)]:
+        raise QawareError(f"rounding: {name!r} has an option {taken[0]!r}, which every step has; rename it")
     made: type[Step] = dataclasses.make_dataclass(
         name,
         [(p.name, type(p.default), dataclasses.field(default=p.default)) for p in options],
@@ -98,6 +101,13 @@ def _make_step(name: str, function: Callable[..., Any]) -> type[Step]:
         },
     )
     return made
+
+
+def _signature(name: str, function: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except ValueError as error:  # of what is written in C
+        raise QawareError(f"rounding: {name!r}: {error}; give a function of Python") from error
 
 
 def _check_options(step: Step) -> None:

@@ -154,10 +154,12 @@ def test_a_package_may_have_one(forgotten: None, monkeypatch: pytest.MonkeyPatch
         EntryPoint("packaged", f"{__name__}:POWERS", level_plugins.GROUP),
         EntryPoint("broken", "no_such_package:F", level_plugins.GROUP),
         EntryPoint("wrong", f"{__name__}:SCHEMES", level_plugins.GROUP),
+        EntryPoint("ternary", f"{__name__}:POWERS", level_plugins.GROUP),
     ]
     monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
     assert level_names() == ["packaged", "broken", "wrong"]
     assert Scheme(3, levels="packaged").level_set == POWERS
+    assert Scheme(2, levels="ternary").level_set is None, "what comes with qaware wins"
     with pytest.raises(QawareError, match="levels: 'broken' cannot be loaded from no_such_package:F"):
         Scheme(3, levels="broken")
     with pytest.raises(QawareError, match=r"levels: 'wrong' is .*; give whole numbers"):

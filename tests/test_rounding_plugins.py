@@ -85,6 +85,9 @@ def test_an_option_of_another_kind_is_refused(options: dict[str, Any], words: st
         ("gptq", halved, "'gptq' comes with qaware; register yours by another name"),
         ("", halved, "'' must be text"),
         ("mine", 5, "'mine' is registered with 5; give a function"),
+        ("mine", max, "'mine': no signature found for builtin .*; give a function of Python"),
+        ("mine", lambda weight, grid, *, name="a": None, "has an option 'name', which every step has"),
+        ("mine", lambda weight, grid, *, stage=1: None, "has an option 'stage', which every step has"),
         ("mine", lambda weight: None, r"must be function\(weight, grid, \*, option=default"),
         ("mine", lambda weight, grid, step: None, "must be function"),
         ("mine", lambda weight, grid, *, factor: None, "must be function"),
@@ -108,6 +111,7 @@ def test_a_package_may_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [
         EntryPoint("packaged", f"{__name__}:halved", rounding_plugins.GROUP),
         EntryPoint("broken", "no_such_package:f", rounding_plugins.GROUP),
+        EntryPoint("gptq", f"{__name__}:halved", rounding_plugins.GROUP),
     ]
     monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
     assert registered_names() == ["packaged", "broken"]
@@ -115,3 +119,4 @@ def test_a_package_may_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(QawareError, match="'broken' cannot be loaded from no_such_package:f"):
         recipe("broken")
     assert find_step("other") is None
+    assert type(recipe("gptq").steps[0]).__name__ == "Gptq", "what comes with qaware wins"
