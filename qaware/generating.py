@@ -132,6 +132,10 @@ def _tokenizer(artifact: Artifact) -> Any:
 
 def _encode(tokenizer: Any, prompt: str, artifact: Artifact) -> Tensor:
     """As the documents of the training data: BOS in front where they have one."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise QawareError(f"prompt: is no text in UTF-8 ({error.reason}); give it in that") from error
     first = [tokenizer.bos_token_id] if artifact.metadata.get("data", {}).get("bos", True) else []
     ids = [i for i in first if i is not None] + tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:

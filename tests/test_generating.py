@@ -97,6 +97,11 @@ def test_an_empty_prompt_needs_a_bos_token(artifact: Path) -> None:
     assert generate(artifact, "", 3).prompt_tokens == 1
 
 
+def test_a_prompt_that_a_shell_gave_in_other_bytes_is_refused(artifact: Path) -> None:
+    with pytest.raises(QawareError, match="prompt: is no text in UTF-8"):
+        generate(artifact, "caf\udce9")
+
+
 def test_without_a_tokenizer_it_says_how_to_get_one(artifact: Path) -> None:
     found = Artifact.open(artifact)
     found.update(metadata={})

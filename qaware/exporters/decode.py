@@ -51,6 +51,8 @@ def decode(
         QawareError: an empty prompt, an option out of its range, or a text longer than the runner takes.
     """
     _require(runner, input_ids, max_new_tokens, temperature, top_k)
+    if not -(2**63) <= seed < 2**64:
+        raise QawareError(f"seed: {seed} must be a number of 64 bits")
     choose = _chooser(temperature, top_k, seed)
     forward = _cached(runner) if runner.length else _uncached(runner)
     text = input_ids
@@ -104,7 +106,8 @@ def _chooser(temperature: float, top_k: int, seed: int) -> Callable[[Tensor], in
 
     def draw(logits: Tensor) -> int:
         kept = torch.topk(logits, min(top_k, len(logits))) if top_k else torch.sort(logits, descending=True)
-        weights = (kept.values.double() / temperature).softmax(0)
+        # The largest is taken off first, as a small temperature would make it infinite.
+        weights = ((kept.values - kept.values[0]).double() / temperature).softmax(0)
         return int(kept.indices[torch.multinomial(weights, 1, generator=generator)])
 
     return draw
@@ -118,7 +121,7 @@ def _require(runner: Any, input_ids: Tensor, count: int, temperature: float, top
         ("temperature", temperature, 0),
         ("top_k", top_k, 0),
     ):
-        if value < low:
+        if not value >= low:  # NaN too
             raise QawareError(f"{key}: {value} must be at least {low}")
     limit, total = runner.length or runner.most, input_ids.shape[1] + count - 1
     if total > limit:

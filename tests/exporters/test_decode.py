@@ -66,6 +66,12 @@ def test_draws_follow_the_seed_and_stay_among_the_likeliest() -> None:
     assert draw(3, top_k=2) != draw(3)
 
 
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_the_coldest_draw_is_the_likeliest_token(top_k: int) -> None:
+    cold = list(decode(Fake(60, 20), PROMPT, 20, temperature=1e-320, top_k=top_k))
+    assert cold == list(decode(Fake(60, 20), PROMPT, 20))
+
+
 def test_the_last_token_needs_no_place_in_the_cache() -> None:
     assert len(list(decode(Fake(7, 7), PROMPT, 3))) == 3
     with pytest.raises(QawareError, match=r"8 to read, and its cache holds 7.*larger cache_length"):
@@ -81,7 +87,9 @@ def test_the_last_token_needs_no_place_in_the_cache() -> None:
         (torch.zeros(2, 3, dtype=torch.int64), {}, r"input_ids: shape is \(2, 3\)"),
         (PROMPT, {"max_new_tokens": 0}, "max_new_tokens: 0 must be at least 1"),
         (PROMPT, {"temperature": -1.0}, "temperature: -1.0"),
+        (PROMPT, {"temperature": float("nan")}, "temperature: nan must be at least 0"),
         (PROMPT, {"top_k": -2}, "top_k: -2"),
+        (PROMPT, {"seed": 2**64}, "seed: 18446744073709551616 must be a number of 64 bits"),
     ],
 )
 def test_bad_options_are_refused(ids: Tensor, options: dict[str, float], message: str) -> None:
