@@ -45,10 +45,10 @@ def _text(artifact: Artifact, data: str, window: int | None, max_windows: int | 
 
     path = artifact.path
     folder = artifact.metadata.get("tokenizer")
-    if folder is None or not (path.parent / folder).is_dir():
+    if folder is None or "data" not in artifact.metadata or not (path.parent / folder).is_dir():
         raise QawareError(
-            f"{path}: has neither tokenizer beside it nor preprocessing in its sidecar; only what an "
-            "experiment exported with a TextDataModule or ImageDataModule can be evaluated"
+            f"{path}: has neither tokenizer beside it and data in its sidecar nor preprocessing; only what "
+            "an experiment exported with a TextDataModule or ImageDataModule can be evaluated"
         )
     options: dict[str, Any] = {k: v for k, v in artifact.metadata["data"].items() if k in _PROTOCOL}
     if window is not None:
@@ -67,7 +67,7 @@ def _images(artifact: Artifact, data: str, window: int | None, max_images: int |
 
     if window is not None:
         raise QawareError(f"window: {window} is for text, and {artifact.path} takes images; leave it out")
-    options: dict[str, Any] = {k: v for k, v in artifact.metadata["data"].items() if k in _CHOICE}
+    options: dict[str, Any] = {k: v for k, v in artifact.metadata.get("data", {}).items() if k in _CHOICE}
     options |= artifact.metadata["preprocessing"]
     module = ImageDataModule(data, val_source=data, max_images=max_images, **options)
     module.setup("validate")

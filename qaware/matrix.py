@@ -87,12 +87,20 @@ def support(recipes: Sequence[str] | None = None, runtimes: Sequence[str] | None
     Args:
         recipes: names; default all that come with qaware.
         runtimes: names; default all, those of other packages too.
+
+    Raises:
+        QawareError: unknown recipe or runtime, or a recipe for layers that the reference networks have not.
     """
     exporters = [get_exporter(name) for name in runtimes or exporter_names()]
     found = []
     for name in recipes or (*recipe_names(), *preset_names()):
-        for line in lines(Recipe.load(name), name):
-            found += [_cell(line, exporter) for exporter in exporters]
+        rows = lines(Recipe.load(name), name)
+        if not rows:
+            raise QawareError(
+                f"recipe: {name!r} quantizes nothing in the reference networks, a Llama and a ResNet; ask "
+                "qaware check about your model"
+            )
+        found += [_cell(line, exporter) for line in rows for exporter in exporters]
     return found
 
 

@@ -117,6 +117,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"\w[\w.+ -]*", self.name):
             raise QawareError(f"name: {self.name!r} must be letters, digits, '-', '_', '.' (it names files)")
+        if not isinstance(self.description, str):
+            raise QawareError(f"description: {self.description!r} must be text")
         if not self.rules:
             raise QawareError(f"rules: recipe {self.name!r} has none, so nothing would be quantized")
         if self.learning not in LEARNING:

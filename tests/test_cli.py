@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from qaware.cli import main
+from qaware.exporters.artifact import Artifact
+from qaware.exporters.signature import Signature, TensorSpec
+from qaware.files import sha256
 from qaware.recipe import recipe_names
 
 ROW = {
@@ -52,6 +55,19 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert captured.err.startswith("qaware: error: ")
+
+
+@pytest.mark.parametrize("metadata", [{"tokenizer": "tokenizer"}, {}])
+def test_an_artifact_without_what_scoring_needs_is_refused(
+    metadata: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    path = tmp_path / "a.pte"
+    path.write_text("a program")
+    signature = Signature((TensorSpec("input_ids", "int64", (1, "seq")),), {"seq": (1, 16)})
+    Artifact(path, "executorch", signature, {}, {}, sha256(path), 9, metadata=metadata).save()
+    assert main(["evaluate", str(path), "--data", "x.txt"]) == 2
+    assert "has neither tokenizer beside it and data in its sidecar nor" in capsys.readouterr().err
 
 
 def test_report_is_rebuilt_from_what_a_killed_run_left(

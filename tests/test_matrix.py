@@ -9,6 +9,7 @@ from torch import nn
 
 from qaware import machine
 from qaware.cli import main
+from qaware.errors import QawareError
 from qaware.exporters import BUILTIN, get_exporter
 from qaware.exporters.aoti_product import FEATURES
 from qaware.exporters.base import Exporter
@@ -86,6 +87,12 @@ def test_the_command_prints_a_recipe_alone(capsys: pytest.CaptureFixture[str]) -
     table = capsys.readouterr().out
     assert "| `int4-weight-only` | modules | no " in table
     assert "- no: weight-only int4 linear layers lose their scales on XNNPACK" in table
+
+
+def test_a_recipe_for_other_layers_has_no_rows() -> None:
+    recipe = '{"rules": [{"type": "LSTM", "scheme": {"bits": 8}}]}'
+    with pytest.raises(QawareError, match="quantizes nothing in the reference networks"):
+        support([recipe])
 
 
 def test_batches_are_those_of_the_network() -> None:

@@ -80,6 +80,7 @@ def test_from_plain_data_with_built_rules_in_it() -> None:
         ({"rules": [{"name": "*"}], "rounding": "gtpq"}, "rounding: 'gtpq' is not one of rtn, mse"),
         ({"rules": [{"name": "*"}], "name": ""}, "name: '' must be letters"),
         ({"rules": [{"name": "*"}], "name": 7}, "name: 7 must be letters"),
+        ({"rules": [{"name": "*"}], "description": 5}, "description: 5 must be text"),
     ],
 )
 def test_a_bad_source_is_refused_with_the_way_out(source: object, words: str) -> None:
