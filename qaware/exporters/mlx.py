@@ -11,7 +11,7 @@ from qaware.engines.base import QuantizedModel
 from qaware.exporters.base import Runner, Tolerance, Written
 from qaware.exporters.generation import cache_of
 from qaware.exporters.mlx_files import write_folder
-from qaware.exporters.mlx_model import restore_rotation
+from qaware.exporters.mlx_model import find_model, require_view, restore_rotation
 from qaware.exporters.mlx_weights import GROUPS, bits_of, group_of
 from qaware.exporters.packed_layers import PackedLinear, pack_layers
 from qaware.exporters.precision import to_float32
@@ -85,8 +85,9 @@ class MLXExporter(TextExporter):
         """Write the tensors under mlx_lm's names, which are those of `transformers`.
 
         Raises:
-            QawareError: mlx_lm does not know the model.
+            QawareError: mlx_lm does not know the model, or lets its layers see more.
         """
+        require_view(find_model(quantized.module)[1].config, signature.longest)
         cache = cache_of(quantized.module, signature, self.cache_length)
         notes = write_folder(quantized, cache, path)
         if not self.copy_tokenizer(path):

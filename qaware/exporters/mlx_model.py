@@ -13,6 +13,8 @@ from qaware.errors import QawareError
 CACHE_LENGTH = "qaware_cache_length"
 _READ_AS = {"mistral": "llama"}
 """Models that mlx_lm reads as another."""
+_SEES_ALL = ("gemma2", "mistral", "phi3", "qwen2", "qwen3")
+"""Models whose layers may see a window, which mlx_lm 0.32 leaves out."""
 
 
 def find_model(module: Any) -> tuple[str, Any]:
@@ -43,6 +45,25 @@ def _is_known(kind: str) -> bool:
     spec = importlib.util.find_spec("mlx_lm")
     folders = [] if spec is None else spec.submodule_search_locations or []
     return any((Path(folder) / "models" / f"{_READ_AS.get(kind, kind)}.py").is_file() for folder in folders)
+
+
+def require_view(config: Any, longest: int) -> None:
+    """Refuse a model whose layers see less of a text than on MLX.
+
+    Args:
+        config: of the model.
+        longest: tokens of the longest input.
+
+    Raises:
+        QawareError: names the window.
+    """
+    kind, window = config.model_type, getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if kind in _SEES_ALL and window is not None and window < longest and "sliding_attention" in kinds:
+        raise QawareError(
+            f"mlx: sliding_window: layers of {kind!r} see {window} of {longest} tokens, and those of mlx_lm "
+            "all; export shorter inputs, or use another runtime, e.g. onnxruntime"
+        )
 
 
 def ends(model: Any) -> tuple[str, str]:

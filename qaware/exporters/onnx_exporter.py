@@ -45,7 +45,7 @@ class OnnxExporter(Exporter):
         Raises:
             QawareError: another level.
         """
-        if accuracy_level is not None and accuracy_level not in LEVELS:
+        if accuracy_level is not None and (type(accuracy_level) is not int or accuracy_level not in LEVELS):
             raise QawareError(f"accuracy_level: {accuracy_level!r} is not one of 0, 1, 2, 3, 4")
         self.accuracy_level, self.cache_length = accuracy_level, cache_length
 

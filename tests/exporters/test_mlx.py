@@ -351,6 +351,23 @@ def test_refuses_other_models_and_layers(tmp_path: Path) -> None:
     assert "have no Conv2d; leave it float" in check(plan, [EXPORTER])[-1].message
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mistral", {"sliding_window": 8}),
+        ("phi3", {"sliding_window": 8}),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
+    ],
+)
+def test_refuses_a_window_that_mlx_lm_leaves_out(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    made = quantized(INT4, model(kind, **settings))
+    with pytest.raises(QawareError, match=rf"^mlx: sliding_window: layers of '{kind}' see 8 of 16 tokens"):
+        export(made, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    wide = quantized(INT4, model(kind, **{**settings, "sliding_window": 16}))
+    assert parity(wide, export(wide, tmp_path)).relative < NOISE
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return export(quantized(INT4), tmp_path_factory.mktemp("whole"))

@@ -206,8 +206,9 @@ def test_the_accuracy_level_follows_the_scheme(tmp_path: Path, exported: Any) ->
     parity = distance(fast, tokens(50))
     assert NOISE < parity.relative < 0.02
     assert parity.within(exporter.tolerance_for(fast.quantized.plan))
-    with pytest.raises(QawareError, match=r"accuracy_level: 5 is not one of 0, 1, 2, 3, 4"):
-        get_exporter({"onnxruntime": {"accuracy_level": 5}})
+    for wrong in (5, 4.0, True, [4]):
+        with pytest.raises(QawareError, match=r"accuracy_level: .* is not one of 0, 1, 2, 3, 4"):
+            get_exporter({"onnxruntime": {"accuracy_level": wrong}})
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
