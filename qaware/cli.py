@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from qaware.commands import COMMANDS
 from qaware.errors import QawareError
 
 EXIT_USER_ERROR = 2
+EXIT_UNREAD = 141
+"""As of a process that SIGPIPE ends."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,9 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command is None:
             parser.print_help()
             return EXIT_USER_ERROR
-        return COMMANDS[command](options[command])
+        code = COMMANDS[command](options[command])
+        sys.stdout.flush()
+        return code
     except (QawareError, ArgumentError) as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        # Whoever reads has seen enough, such as head. What is left would be an error again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
     except OSError as error:
         return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
     except KeyboardInterrupt:

@@ -93,6 +93,18 @@ def test_help_imports_no_torch() -> None:
     assert "key=value" in done.stdout
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = "import sys; from qaware.cli import main; sys.exit(main(['recipes']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""
+    assert child.returncode == 141
+
+
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "evaluate" in capsys.readouterr().out

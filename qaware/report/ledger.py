@@ -126,7 +126,11 @@ def read_rows(path: Path) -> list[Row]:
             if number == len(lines):
                 break
             raise QawareError(f"{path}:{number}: is not valid JSON ({error})") from error
-        if not isinstance(row, dict) or not {"model", "stage", "bytes"} <= row.keys():
+        if (
+            not isinstance(row, dict)
+            or not {"model", "stage"} <= row.keys()
+            or not _is_size(row.get("bytes"))
+        ):
             raise QawareError(
                 f"{path}:{number}: has no model, stage and bytes; is this a results.jsonl of qaware?"
             )
@@ -134,6 +138,10 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise QawareError(f"{path}: has no finished row; the run ended before its first stage")
     return rows
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _finite(value: float) -> float | None:

@@ -170,6 +170,7 @@ def test_a_last_line_that_was_cut_is_dropped_wherever_it_was_cut(tmp_path: Path)
         ('{"model": "m", "st', "has no finished row"),
         ('{"model"\n{"model": "m", "stage": "s", "bytes": 1}\n', ":1: is not valid JSON"),
         ('{"model": "m", "stage": "s"}\n', ":1: has no model, stage and bytes"),
+        ('{"model": "m", "stage": "s", "bytes": "x"}\n', ":1: has no model, stage and bytes"),
         ("[1]\n", ":1: has no model, stage and bytes"),
         ("3\n", ":1: has no model, stage and bytes"),
     ],
