@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear
+from torchao.quantization.qat import FakeQuantizedLinear
 
 from qaware.adapters import from_peft
 from qaware.engines.activation_fake_quant import StaticFakeQuantizer, activation_fake_quantizer
 from qaware.engines.base import ActivationRange, QuantizedModel, QuantizedWeight
+from qaware.engines.embedding import LookedUpEmbedding
 from qaware.engines.fake_quant import set_fake_quant
 from qaware.engines.integer import become_integer
 from qaware.engines.weight_fake_quant import weight_fake_quantizer
@@ -125,7 +126,7 @@ def _prepare_layer(module: Any, decision: Decision) -> None:
         activation = activation_fake_quantizer(scheme)
         module.activation_fake_quantizer = None if activation is None else activation.to(device)
     else:
-        set_class(module, FakeQuantizedEmbedding)
+        set_class(module, LookedUpEmbedding)
     module.weight_fake_quantizer = weight_fake_quantizer(scheme).to(device)
     module.train(module.training)
 

@@ -103,6 +103,22 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
         hard, self.scale, self.zero_point = self._hard(x, x if grid is None else grid, unit)
         return self._softened(x, hard)
 
+    @property
+    def by_row(self) -> bool:
+        """Whether :meth:`of_rows` is there: something is rounded, and each row without the others."""
+        apart = self.learned is None and self.softness is None
+        return self.enabled and apart and not self.scheme.per_tensor and not self.narrow
+
+    def of_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """``forward`` for some rows of the weight.
+
+        Args:
+            x: the rows (looked up, width).
+            index: int64 (looked up,), where they are in the weight.
+        """
+        scale, zero_point = self.chosen(x) if self.fixed is None else (each[index] for each in self.fixed)
+        return fake_quantize(x, scale, zero_point, self.scheme, self.integers)
+
     def with_clipped(self, x: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
         """``forward`` of an ``x`` without a gradient, and which of its values are beyond the range of the
         integers, int64 indices into the flat ``x``. For evenly spaced levels."""
@@ -188,6 +204,15 @@ class Float16FakeQuantizer(Marked):
         if not self.enabled:
             return x
         return x + (x.detach().half().to(x.dtype) - x.detach())
+
+    @property
+    def by_row(self) -> bool:
+        """Whether anything is rounded."""
+        return self.enabled
+
+    def of_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """``forward`` for some rows of the weight, wherever they are."""
+        return self(x)  # type: ignore[no-any-return]
 
 
 def weight_fake_quantizer(scheme: Scheme) -> nn.Module:

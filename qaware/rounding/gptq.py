@@ -39,10 +39,9 @@ def choose(weight: Tensor, grid: Grid, step: Gptq, moments: Moments | None) -> C
         return _nearest(weight, grid, step, moments, "mse, as its Hessian has no inverse")
     factor, order, damping = found
     target = _target(weight, moments, factor, order) if step.correct else weight
-    work = _Work(target, grid, step, mse.importance(weight, moments))
-    work.run(factor, order)
+    work = _Work(target, grid, step, mse.importance(weight, moments), factor, order)
     problem = Problem(target, moments.hessian, _ridge(moments.hessian, damping), grid)
-    rounded, scale = polish(problem, work.rounded, work.scale, work.zero_point, step.polish)
+    rounded, scale = polish(problem, work.run(), work.scale, work.zero_point, step.polish)
     note = "" if damping == step.damping else f"damping {damping:g}, as its Hessian is singular"
     return Chosen(rounded, scale, work.zero_point, note, target)
 
@@ -59,35 +58,37 @@ def _factor(hessian: Tensor, step: Gptq) -> tuple[Tensor, Tensor, float] | None:
     order = diagonal.argsort(dim=1, descending=True, stable=True) if step.act_order else columns
     damping = step.damping
     for _ in range(_TRIES):
-        damped = _ordered(hessian, order)
-        damped.diagonal(dim1=1, dim2=2).add_(_ridge(damped, damping))
-        upper = _inverse_factor(damped)
-        if upper is not None:
-            return upper.float(), order, damping
+        # The factor of a matrix that is read backwards is, inverted and read backwards, that of its inverse.
+        inverse = _inverse_factor(hessian, order.flip(1), _ridge(hessian, damping))
+        if inverse is not None:
+            return inverse.flip(1, 2), order, damping
         damping = max(damping, _LEAST_DAMPING) * _MORE
     return None
 
 
+def _inverse_factor(hessian: Tensor, order: Tensor, ridge: Tensor) -> Tensor | None:
+    """The inverse of the lower Cholesky factor of ``hessian`` with its rows and columns in ``order`` and
+    ``ridge`` on its diagonal, where there is one. Nothing that GPTQ holds is larger: here are two of it."""
+    lower = _ordered(hessian, order).mT  # the order that LAPACK works in without a copy
+    lower.diagonal(dim1=1, dim2=2).add_(ridge)
+    failed = torch.empty(len(lower), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if bool(failed.any()):
+        return None
+    inverse = torch.zeros_like(lower)
+    inverse.diagonal(dim1=1, dim2=2).fill_(1)
+    for triangle, solution in zip(lower, inverse, strict=True):  # in place for single matrices only
+        torch.linalg.solve_triangular(triangle, solution, upper=False, out=solution)
+    return inverse if bool(inverse.sum().isfinite()) else None
+
+
 def _ordered(hessian: Tensor, order: Tensor) -> Tensor:
-    """``hessian`` with its rows and columns in ``order``, float64; some rows at a time, as nothing that GPTQ
-    holds is larger."""
-    ordered = torch.empty_like(hessian, dtype=torch.float64)
+    """``hessian`` with its rows and columns in ``order``, some rows at a time."""
+    ordered = torch.empty_like(hessian)
     for group, places in enumerate(order):
         for rows, found in zip(places.split(_ROWS), ordered[group].split(_ROWS), strict=True):
             found.copy_(hessian[group][rows][:, places])
     return ordered
-
-
-def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """The upper Cholesky factor of the inverse of ``matrix``, where there is one, in its memory."""
-    work = matrix.mT  # the same numbers in the order that LAPACK works in without a copy
-    failed = torch.empty(len(work), dtype=torch.int32, device=work.device)
-    torch.linalg.cholesky_ex(work, out=(work, failed))
-    if bool(failed.any()):
-        return None
-    torch.cholesky_inverse(work, out=work)
-    torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
-    return None if bool(failed.any()) or not bool(work.sum().isfinite()) else work
 
 
 def _ridge(hessian: Tensor, damping: float) -> Tensor:
@@ -110,59 +111,78 @@ def _target(weight: Tensor, moments: Moments, factor: Tensor, order: Tensor) -> 
 
 
 class _Work:
-    """One weight on its way."""
+    """One weight on its way, turned, so that a column of it is one piece of memory."""
 
-    def __init__(self, target: Tensor, grid: Grid, step: Gptq, counts: Tensor) -> None:
+    def __init__(
+        self, target: Tensor, grid: Grid, step: Gptq, counts: Tensor, factor: Tensor, order: Tensor
+    ) -> None:
         """
         Args:
             target: float32 (rows, width), what the rounded weight should compute.
             grid: its grid.
             step: the options.
             counts: how much the square of each weight's error counts, the shape of ``target``.
+            factor: see :func:`_factor`.
+            order: of the columns, as there.
         """
-        self.target, self.grid, self.step, self.counts = target, grid, step, counts
-        self.rounded = target
+        self.grid, self.step, self.counts = grid, step, counts
+        self.factor, self.order = factor, order
         self.size = grid.scheme.block(target.shape[1])
-        self.scale, self.zero_point = self._qparams(target, counts)
+        self.rescales = self.size < target.shape[1] and not step.act_order
+        if self.rescales:  # a group's are chosen when its turn comes
+            self.scale = target.new_empty(len(target), target.shape[1] // self.size)
+            self.zero_point = torch.empty_like(self.scale, dtype=torch.int32)
+        else:
+            self.scale, self.zero_point = self._qparams(target, counts)
+        self.places = order.unsqueeze(2).expand(-1, -1, len(target) // len(order))
+        self.left = target.view(len(order), -1, target.shape[1]).mT.gather(1, self.places)
+        self.errors = torch.empty_like(self.left)
 
-    def run(self, factor: Tensor, order: Tensor) -> None:
-        """Round all columns; see :func:`_factor` for the arguments."""
-        groups, width = order.shape
-        columns = order.unsqueeze(1).expand(-1, len(self.target) // groups, -1)
-        left = self.target.view(groups, -1, width).gather(2, columns)
-        rounded = torch.empty_like(left)
-        rescales = self.size < width and not self.step.act_order
+    def run(self) -> Tensor:
+        """Round all columns; the weight as it is then, float32 (rows, width)."""
+        width = self.left.shape[1]
         # Whole groups, so that all columns of a group are up to date when the first of them is reached.
-        size = -(-self.step.block // self.size) * self.size if rescales else self.step.block
+        size = -(-self.step.block // self.size) * self.size if self.rescales else self.step.block
         for start in range(0, width, size):
             end = min(start + size, width)
-            errors = torch.empty_like(left[:, :, start:end])
-            for column in range(start, end):
-                if rescales and column % self.size == 0:
-                    self._rescale(left, column)
-                rounded[:, :, column] = self._round(left[:, :, column], order[:, column])
-                pivot = factor[:, column, column].unsqueeze(1)
-                error = (left[:, :, column] - rounded[:, :, column]) / pivot
-                errors[:, :, column - start] = error
-                left[:, :, column:end] -= error.unsqueeze(2) * factor[:, column, column:end].unsqueeze(1)
-            left[:, :, end:] -= errors @ factor[:, start:end, end:]
-        self.rounded = torch.empty_like(rounded).scatter(2, columns, rounded).view_as(self.target)
+            for first in range(start, end, self.size if self.rescales else size):
+                last = min(first + self.size, end) if self.rescales else end
+                self._pass_on(slice(start, first), slice(first, last))
+                self._round(first, last)
+            self._pass_on(slice(start, end), slice(end, width))
+        rounded = torch.empty_like(self.left).scatter_(1, self.places, self.left)
+        return rounded.mT.reshape(-1, width)
 
-    def _round(self, column: Tensor, places: Tensor) -> Tensor:
-        """Nearest values to ``column`` (groups, rows), which is column ``places`` (groups,) of the weight."""
-        blocks = (places // self.size).view(-1, 1, 1).expand(*column.shape, 1)
-        grouped = (
-            qparam.view(*column.shape, -1).gather(2, blocks) for qparam in (self.scale, self.zero_point)
-        )
-        scale, zero_point = (qparam.reshape(-1, 1) for qparam in grouped)
-        return self.grid.round(column.reshape(-1, 1), scale, zero_point).view_as(column)
+    def _pass_on(self, done: slice, later: slice) -> None:
+        """Errors of the columns that are ``done``, which ``later`` ones make up for."""
+        self.left[:, later].baddbmm_(self.factor[:, done, later].mT, self.errors[:, done], alpha=-1)
 
-    def _rescale(self, left: Tensor, column: int) -> None:
+    def _round(self, first: int, last: int) -> None:
+        """These columns one by one; they are up to date."""
+        if self.rescales:
+            self._rescale(first, last)
+        qparams = self._qparams_of(first)
+        pivots = self.factor.diagonal(dim1=1, dim2=2)
+        for column in range(first, last):
+            self._pass_on(slice(first, column), slice(column, column + 1))
+            left = self.left[:, column]
+            if self.step.act_order:
+                qparams = self._qparams_of(column)
+            rounded = self.grid.round(left.reshape(-1, 1), *qparams).view_as(left)
+            torch.sub(left, rounded, out=self.errors[:, column]).div_(pivots[:, column : column + 1])
+            left.copy_(rounded)
+
+    def _qparams_of(self, column: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each row, (rows, 1), in the block of the ``column``-th column."""
+        blocks = (self.order[:, column] // self.size).repeat_interleave(self.left.shape[2]).unsqueeze(1)
+        return self.scale.gather(1, blocks), self.zero_point.gather(1, blocks)
+
+    def _rescale(self, first: int, last: int) -> None:
         """Scales for a group with the errors that it has taken over, not for the weight as it was."""
-        end, block = column + self.size, column // self.size
-        group = left[:, :, column:end].reshape(-1, self.size)
-        scale, zero_point = self._qparams(group, self.counts[:, column:end])
-        self.scale[:, block : block + 1], self.zero_point[:, block : block + 1] = scale, zero_point
+        group = self.left[:, first:last].mT.flatten(0, 1).contiguous()
+        scale, zero_point = self._qparams(group, self.counts[:, first:last])
+        block = slice(first // self.size, last // self.size)
+        self.scale[:, block], self.zero_point[:, block] = scale, zero_point
 
     def _qparams(self, weight: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         if self.step.scales == "minmax":

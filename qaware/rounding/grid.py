@@ -10,7 +10,7 @@ from torch import Tensor
 from qaware.engines.levels import fake_quantize
 from qaware.scheme import Scheme
 
-_NUMBERS = 1 << 18
+_NUMBERS = 1 << 19
 _LEAST_ROWS = 256
 """Each part goes through all columns, one after the other."""
 

@@ -58,12 +58,12 @@ class Moments:
         rows = patches(self.layer, x.detach().float())
         self.count += rows.shape[1]
         self.mean += rows.sum(1)
-        self.hessian += rows.transpose(1, 2) @ rows
+        self.hessian.baddbmm_(rows.mT, rows)
         if self.drift is not None and self.exact is not None:
             other = rows if exact is None else patches(self.layer, exact.detach().float())
             self.exact += other.sum(1)
             if exact is not None:
-                self.drift += (other - rows).transpose(1, 2) @ rows
+                self.drift.baddbmm_((other - rows).mT, rows)
 
     def reduce(self, name: str) -> None:
         """Make the sums means over the rows of all ranks.

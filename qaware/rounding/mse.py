@@ -37,7 +37,7 @@ def importance(weight: Tensor, moments: Moments | None) -> Tensor:
     power = moments.hessian.diagonal(dim1=1, dim2=2)
     # An input that never was anything counts a little: nothing else says what its weight should be.
     power = power.clamp(min=1e-6 * float(power.mean()) or 1.0)
-    return power.repeat_interleave(len(weight) // moments.groups, dim=0)
+    return power.unsqueeze(1).expand(-1, len(weight) // moments.groups, -1).reshape(weight.shape)
 
 
 def search(weight: Tensor, grid: Grid, step: Mse, counts: Tensor) -> tuple[Tensor, Tensor]:

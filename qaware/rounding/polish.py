@@ -36,7 +36,7 @@ class Problem:
     def error(self, rounded: Tensor) -> Tensor:
         """Of each row, (rows, 1)."""
         left = self.grouped(rounded - self.target)
-        return (self.times(left) * left).sum(2).view(-1, 1)
+        return self.times(left).mul_(left).sum(2).view(-1, 1)
 
     def times(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         """``x`` (groups, rows of a group, columns) times these rows of the Hessian with its ridge."""
@@ -63,8 +63,8 @@ def polish(
     """
     for turn in range(times):
         fitted = _fitted(problem, rounded, scale) if turn else scale
-        levels = rounded.view(*scale.shape, -1) / scale.unsqueeze(-1)
-        tried = _sweep(problem, (levels * fitted.unsqueeze(-1)).view_as(rounded), fitted, zero_point)
+        moved = (rounded.view(*scale.shape, -1) / scale.unsqueeze(-1)).mul_(fitted.unsqueeze(-1))
+        tried = _sweep(problem, moved.view_as(rounded), fitted, zero_point)
         better = problem.error(tried) < problem.error(rounded)
         if problem.grid.scheme.per_tensor:  # a scale that all rows share is taken by all or none
             better = problem.error(tried).sum() < problem.error(rounded).sum()
@@ -74,27 +74,25 @@ def polish(
 
 def _sweep(problem: Problem, rounded: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Each column, in turn, is what is best with all others as they are."""
-    rounded, size = rounded.clone(), rounded.shape[1] // scale.shape[1]
-    values = problem.grouped(rounded)
-    pull = problem.times(problem.grouped(problem.target - rounded))
+    pull = problem.times(problem.grouped(problem.target - rounded)).mT.contiguous()
+    values = problem.grouped(rounded).mT.contiguous()  # a column of it is one piece of memory
+    pivots = problem.hessian.diagonal(dim1=1, dim2=2) + problem.ridge
+    size = rounded.shape[1] // scale.shape[1]
     for start in range(0, rounded.shape[1], _BLOCK):
         columns = slice(start, start + _BLOCK)
-        part = problem.hessian[:, columns, columns].clone()
-        part.diagonal(dim1=1, dim2=2).add_(problem.ridge)
-        near = pull[:, :, columns]
-        before = values[:, :, columns].clone()
-        for index in range(part.shape[1]):
+        changes = torch.empty_like(values[:, columns])
+        for index in range(changes.shape[1]):
             column = start + index
-            best = values[:, :, column] + near[:, :, index] / part[:, index, index].unsqueeze(1)
-            block = slice(column // size, column // size + 1)
-            qparams = scale[:, block].contiguous(), zero_point[:, block].contiguous()
-            found = problem.grid.round(best.reshape(-1, 1), *qparams).view_as(best)
-            near -= (found - values[:, :, column]).unsqueeze(2) * part[:, index].unsqueeze(1)
-            values[:, :, column] = found
-        change = values[:, :, columns] - before
-        near += change @ part  # taken back, as the next line takes it from all columns
-        pull -= problem.times(change, columns)
-    return values.reshape(rounded.shape)
+            seen = problem.hessian[:, column : column + 1, start:column] @ changes[:, :index]
+            best = (pull[:, column] - seen.squeeze(1)).div_(pivots[:, column : column + 1])
+            best += values[:, column]
+            qparams = (qparam[:, column // size].unsqueeze(1) for qparam in (scale, zero_point))
+            found = problem.grid.round(best.view(-1, 1), *qparams).view_as(best)
+            torch.sub(found, values[:, column], out=changes[:, index])
+            values[:, column] = found
+        pull.baddbmm_(problem.hessian[:, :, columns], changes, alpha=-1)
+        pull[:, columns] -= changes * problem.ridge.unsqueeze(2)
+    return values.mT.reshape(rounded.shape)
 
 
 def _fitted(problem: Problem, rounded: Tensor, scale: Tensor) -> Tensor:

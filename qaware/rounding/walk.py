@@ -37,9 +37,7 @@ class Walk:
             beside: to look at what enters in the float model too.
         """
         self.model, self.recording, self.beside = model, recording, beside
-        self._finished: dict[str, str] = {}
-        self._given: list[Given] = [{} for _ in recording]
-        self._exact: list[Given] = [{} for _ in recording]
+        self._rounded, self._exact = _Progress(model, recording), _Progress(model, recording)
 
     def groups(self, names: Sequence[str]) -> Iterator[tuple[Group, Seen]]:
         """Each group of layers with the moments of what enters it; before the next is asked for, its layers
@@ -51,13 +49,13 @@ class Walk:
         for index, group in enumerate(groups):
             seen = self.observe(group)
             more = index < len(groups) - 1  # after the last group nothing runs
+            ending = [block for block, last in order.items() if more and last == index]
             if self.beside is not None and more:
-                for name in group.names:
-                    self.beside.keep(name)
+                self._keep(self.beside, group, ending)
             yield group, seen
-            for block in order:
-                if more and order[block] == index:
-                    self._finish(block)
+            seen.clear()  # those of the next group are as large
+            for block in ending:
+                self._rounded.finish(block)
 
     def observe(self, group: Group) -> Seen:
         """The moments of each layer's input; linear layers that take the same tensor share them."""
@@ -70,9 +68,9 @@ class Walk:
         for index, call in enumerate(self.recording):
             exact: dict[str, list[Tensor]] = {name: [] for name in watched}
             if self.beside is not None:
-                with self.beside.running(), self._skipping(self._exact[index]):
+                with self.beside.running(), self._exact.skipping(index):
                     replay(self.model, [call], watched, _keep_in(exact), group.once)
-            with self._skipping(self._given[index]):
+            with self._rounded.skipping(index):
                 replay(self.model, [call], watched, _look_with(seen, exact), group.once)
         for name, moments in seen.items():
             moments.reduce(name)
@@ -99,21 +97,38 @@ class Walk:
         log.info("rounding: runs the model from its input for each of %d groups, as %s", len(groups), why)
         return {}
 
-    def _finish(self, block: str) -> None:
+    def _keep(self, beside: Beside, group: Group, ending: Sequence[str]) -> None:
+        """What the float model still needs of layers that are rounded next: nothing in blocks that are
+        ``ending`` with them, as what those give in float is known already."""
+        for block in ending:
+            with beside.running():
+                self._exact.finish(block)
+        for block in ending:
+            beside.forget(block)
+        for name in group.names:
+            if not any(inside(name, block) for block in ending):
+                beside.keep(name)
+
+
+class _Progress:
+    """The blocks that need not run any more, and what they gave."""
+
+    def __init__(self, model: nn.Module, recording: Recording) -> None:
+        self.model, self.recording = model, recording
+        self._finished: dict[str, str] = {}
+        self._given: list[Given] = [{} for _ in recording]
+
+    def skipping(self, index: int) -> AbstractContextManager[None]:
+        """Inside, a call does not run them."""
+        return skipped(self.model, self._finished, self._given[index]) if self._finished else nullcontext()
+
+    def finish(self, block: str) -> None:
         """Keep what a block gives from now on."""
         where = list_of(block)
         for index, call in enumerate(self.recording):
-            if self.beside is not None:
-                with self.beside.running(), self._skipping(self._exact[index]):
-                    self._exact[index][where] = output_of(self.model, call, block)
-            with self._skipping(self._given[index]):
+            with self.skipping(index):
                 self._given[index][where] = output_of(self.model, call, block)
         self._finished[block] = where
-        if self.beside is not None:
-            self.beside.forget(block)
-
-    def _skipping(self, given: Given) -> AbstractContextManager[None]:
-        return skipped(self.model, self._finished, given) if self._finished else nullcontext()
 
 
 @contextmanager

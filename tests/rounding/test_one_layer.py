@@ -54,7 +54,7 @@ def test_the_hessian_is_factored_once_for_all_that_share_it(monkeypatch: pytest.
     monkeypatch.setattr(grids, "_LEAST_ROWS", 1)
     made: list[Tensor] = []
     plain = gptq._inverse_factor
-    monkeypatch.setattr(gptq, "_inverse_factor", lambda matrix: made.append(matrix) or plain(matrix))
+    monkeypatch.setattr(gptq, "_inverse_factor", lambda *given: made.append(given[0]) or plain(*given))
     layer, other = prepared("gptq"), prepared("gptq", 20)
     moments = seen(layer, inputs())
     for each in (layer, other):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 import qaware
 from qaware.engines.base import QuantizedModel
-from qaware.rounding import walk
+from qaware.rounding import apply, walk
+from qaware.rounding.beside import Beside
+from qaware.rounding.moments import Moments
 from qaware.rounding.skipping import chains
 
 WIDTH = 16
@@ -118,6 +121,24 @@ def test_blocks_that_do_not_chain_are_said(
     (line,) = [r.getMessage() for r in caplog.records if r.name == "qaware.rounding.walk"]
     assert line.startswith("rounding: runs the model from its input for each of 10 groups, as ")
     assert why in line
+
+
+def test_what_the_float_model_needs_no_more_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: dict[str, list[str]] = {}
+    plain = apply.round_layer
+
+    def watched(name: str, *args: Any) -> Any:
+        (beside,) = (each for each in gc.get_objects() if type(each) is Beside)
+        sums = [each for each in gc.get_objects() if type(each) is Moments]
+        assert len(sums) == 1
+        held[name] = list(beside._kept)
+        return plain(name, *args)
+
+    monkeypatch.setattr(apply, "round_layer", watched)
+    made(Stack, depth=2)
+    # What a block gives in float is known when its last layer is rounded.
+    assert held["blocks.0.up"] == ["stem", "blocks.0.up"]
+    assert held["blocks.0.down"] == held["blocks.1.down"] == ["stem"]
 
 
 def test_blocks_that_chain_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
