@@ -47,7 +47,10 @@ def runner(shape: Shape, name: str, runtime: str, folder: Path, seconds: float) 
         task.signature,
         folder / f"{runtime}-{name.replace(' ', '')}{exporter.suffix}",
     )
-    bare, inputs = exporter.open(artifact.path, artifact.signature), [i.unsqueeze(0) for i in task.windows.ids]
+    bare, inputs = (
+        exporter.open(artifact.path, artifact.signature),
+        [i.unsqueeze(0) for i in task.windows.ids],
+    )
     with IsolatedRunner(artifact) as isolated:
         blocks: dict[str, Callable[[int], tuple[float, float]]] = {
             "bare": lambda count: _timed(lambda: _each(bare, inputs), count),
