@@ -1,6 +1,6 @@
 """Run an artifact in a process of its own, so that a dying runtime does not take the training run along.
 
-The child is ``python -m qaware.exporters.isolated RUNTIME PATH IN OUT``. A plain command rather than
+The child is ``python -m qaware.exporters.isolated RUNTIME PATH IN IN OUT OUT``. A plain command rather than
 ``multiprocessing``: spawn would run the user's script again. Arrays travel through pipes and memory that
 both share (``transport.py``, nothing is pickled), whose descriptors are IN and OUT; what the runtime prints
 goes to stderr, whose end is quoted when it dies.
@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -25,9 +27,11 @@ from torch import Tensor
 from qaware.errors import QawareError, RuntimeDiedError
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.decode import decode
-from qaware.exporters.transport import Area, receive, send
+from qaware.exporters.transport import Lane, receive, send
 
 _OK, _ERROR, _STEP = b"O", b"E", b"S"
+_UNDER_WAY = 2
+"""Calls at a time: one that runs and one that waits. There is memory for as many."""
 
 
 class IsolatedRunner:
@@ -38,16 +42,15 @@ class IsolatedRunner:
         RuntimeDiedError: the runtime's process ended; the message has the signal and its last words.
     """
 
-    elsewhere = True
-    """It computes in another process; see :func:`qaware.metrics.collect.computes_elsewhere`."""
-
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         # Digest checked here, by the parent, before any native code is loaded.
         Artifact.open(artifact.path)
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, closed with the child
-        self._sent, self._received = Area(), Area()
-        shared = self._sent.descriptor, self._received.descriptor
+        self._sent, self._received = Lane(), Lane()
+        shared = *self._sent.descriptors, *self._received.descriptors
+        self._waiting: deque[Answer] = deque()
+        self._free = 0.0
         command = [sys.executable, "-m", "qaware.exporters.isolated", artifact.runtime, str(artifact.path)]
         self._child = subprocess.Popen(
             [*command, *map(str, shared)],
@@ -66,6 +69,14 @@ class IsolatedRunner:
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """Positional tensors as in the signature; returns float32 on the CPU."""
+        return self.submit(*tensors).get()
+
+    def submit(self, *tensors: Tensor) -> Answer:
+        """Start a call; another one may still run.
+
+        Raises:
+            QawareError: an input is not legal.
+        """
         self.artifact.signature.validate(tensors)
         return self._ask(_OK, tensors)
 
@@ -78,7 +89,7 @@ class IsolatedRunner:
         if not self.length:
             raise QawareError(f"{self.artifact.path.name}: has no key-value cache; {_why(self.artifact)}")
         self.artifact.signature.validate([input_ids])
-        return self._ask(_STEP, [input_ids, torch.tensor(start)])
+        return self._ask(_STEP, [input_ids, torch.tensor(start)]).get()
 
     def generate(self, input_ids: Tensor, max_new_tokens: int = 64, **options: Any) -> Tensor:
         """The prompt and the tokens that follow it, int64 (1, T + n); see :func:`qaware.exporters.decode`.
@@ -91,13 +102,26 @@ class IsolatedRunner:
         tokens = list(decode(self, input_ids, max_new_tokens, **options))
         return torch.cat([input_ids, torch.tensor([tokens], dtype=torch.int64)], 1)
 
-    def _ask(self, what: bytes, tensors: Sequence[Tensor]) -> Tensor:
+    def _ask(self, what: bytes, tensors: Sequence[Tensor]) -> Answer:
         arrays = [t.detach().cpu().contiguous().numpy() for t in tensors]
+        if len(self._waiting) == _UNDER_WAY:
+            self._take()
         try:
-            send(cast(BinaryIO, self._child.stdin), self._sent, what, arrays)
+            send(cast(BinaryIO, self._child.stdin), self._sent.next(), what, arrays)
         except BrokenPipeError:
             raise self._died() from None
-        return torch.from_numpy(self._receive()[0])
+        self._waiting.append(Answer(self))
+        return self._waiting[-1]
+
+    def _take(self) -> None:
+        """Receive the answer to the first call that waits for one."""
+        answer = self._waiting.popleft()
+        try:
+            answer.found = torch.from_numpy(self._receive()[0])
+        except QawareError as error:
+            answer.error = error
+        now = time.perf_counter()
+        answer.seconds, self._free = now - max(answer.asked, self._free), now
 
     def close(self) -> None:
         """End the child; calling it again does nothing."""
@@ -118,7 +142,7 @@ class IsolatedRunner:
         self.close()
 
     def _receive(self) -> list[np.ndarray]:
-        reply = receive(cast(BinaryIO, self._child.stdout), self._received)
+        reply = receive(cast(BinaryIO, self._child.stdout), self._received.next())
         if reply is None:
             raise self._died()
         status, arrays = reply
@@ -139,6 +163,32 @@ class IsolatedRunner:
         )
 
 
+class Answer:
+    """That of one call, which runs meanwhile."""
+
+    seconds: float
+    """Wall time of the call from when the child had nothing else to do, once it is there."""
+
+    def __init__(self, runner: IsolatedRunner) -> None:
+        self.asked = time.perf_counter()
+        self.found: Tensor | None = None
+        self.error: QawareError | None = None
+        self._runner = runner
+
+    def get(self) -> Tensor:
+        """Wait for it; float32 on the CPU.
+
+        Raises:
+            QawareError: see :class:`IsolatedRunner`.
+        """
+        while self in self._runner._waiting:
+            self._runner._take()
+        if self.error is not None:
+            raise self.error
+        assert self.found is not None
+        return self.found
+
+
 def open_artifact(path: str | Path) -> IsolatedRunner:
     """An exported file on its runtime: call it like the model, ``generate`` with it, ``close`` it.
 
@@ -157,7 +207,7 @@ def _text(message: str) -> list[np.ndarray]:
     return [np.frombuffer(message.encode(), dtype=np.uint8)]
 
 
-def serve(runtime: str, path: Path, requested: Area, replied: Area) -> None:
+def serve(runtime: str, path: Path, requested: Lane, replied: Lane) -> None:
     """The child's loop: load, say so, then answer calls until stdin closes."""
     from qaware.exporters import get_exporter
 
@@ -167,19 +217,21 @@ def serve(runtime: str, path: Path, requested: Area, replied: Area) -> None:
         signature = Artifact.open(path).signature
         run: Any = _opened(get_exporter(runtime), path, signature)
         sizes = [getattr(run, "length", 0), getattr(run, "most", signature.longest)]
-        send(replies, replied, _OK, [np.array(sizes, dtype=np.int64)])
+        send(replies, replied.next(), _OK, [np.array(sizes, dtype=np.int64)])
     except Exception as error:
-        send(replies, replied, _ERROR, _text(f"cannot be loaded: {_told(error)}"))
+        send(replies, replied.next(), _ERROR, _text(f"cannot be loaded: {_told(error)}"))
         return
-    while (request := receive(requests, requested)) is not None:
+    while (request := receive(requests, requested.next())) is not None:
         try:
             tensors = [torch.from_numpy(a) for a in request[1]]
             with torch.no_grad():
                 asked = request[0] == _STEP
                 output = run.step(tensors[0], int(tensors[1])) if asked else run(*tensors)
-                send(replies, replied, _OK, [output.float().contiguous().numpy()])
+                found = output.float().contiguous().numpy()
         except Exception as error:
-            send(replies, replied, _ERROR, _text(_told(error)))
+            send(replies, replied.next(), _ERROR, _text(_told(error)))
+        else:
+            send(replies, replied.next(), _OK, [found])
 
 
 def _opened(exporter: Any, path: Path, signature: Any) -> Any:
@@ -199,4 +251,5 @@ def _told(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]), Area(int(sys.argv[3])), Area(int(sys.argv[4])))
+    numbers = [int(text) for text in sys.argv[3:]]
+    serve(sys.argv[1], Path(sys.argv[2]), Lane(*numbers[:2]), Lane(*numbers[2:]))

@@ -73,6 +73,33 @@ class Area:
         return self._map
 
 
+class Lane:
+    """Two areas for one direction, which take turns: a message may be sent while the one before is not read
+    yet. Both processes take the next for each message."""
+
+    def __init__(self, *descriptors: int) -> None:
+        """
+        Args:
+            descriptors: of the areas that the other process made; none makes two.
+        """
+        self._areas = [Area(descriptor) for descriptor in descriptors] or [Area(), Area()]
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Of its areas."""
+        return tuple(area.descriptor for area in self._areas)
+
+    def next(self) -> Area:
+        """The one whose turn it is."""
+        self._areas.reverse()
+        return self._areas[0]
+
+    def close(self) -> None:
+        """Let go of both; calling it again does nothing."""
+        for area in self._areas:
+            area.close()
+
+
 def send(pipe: BinaryIO, area: Area, status: bytes, arrays: Sequence[np.ndarray]) -> None:
     """Send one message; it must be received before the next is sent.
 

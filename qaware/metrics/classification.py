@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qaware.errors import QawareError
-from qaware.metrics.collect import Gather, Record, Shard, add_up, computes_elsewhere, record, run
+from qaware.metrics.collect import Gather, Record, Shard, add_up, computes_elsewhere, record, run, start
 from qaware.metrics.hub import compute_extra, load_extra
 from qaware.metrics.score import Score
 from qaware.metrics.windows import data_hash, describe
@@ -49,7 +49,7 @@ def score_classification(
     _check(inputs, labels)
     metrics = load_extra(extra)
 
-    def one(index: int) -> Callable[[], Record]:
+    def one(index: int) -> Callable[[], Callable[[], Record]]:
         return _score_batch(predict, reference, inputs[index], labels[index], index, keep=bool(metrics))
 
     records = shard.collect(one, len(inputs), on_batch, computes_elsewhere(predict))
@@ -69,20 +69,25 @@ def _score_batch(
     index: int,
     *,
     keep: bool,
-) -> Callable[[], Record]:
-    """Run a batch; what measures its logits."""
+) -> Callable[[], Callable[[], Record]]:
+    """Start a batch; what waits for its logits and returns what measures them."""
     targets = labels.long()
-    logits, other, seconds = run(f"batch {index}", predict, reference, batch, (len(targets),), targets)
+    started = start(predict, batch)
 
-    def measured() -> Record:
-        item = record(index, logits, targets, other, seconds, whole=False, keep=keep)
-        if other is None:
-            return item
-        signal = other.detach().cpu().double()
-        noise = signal - logits.detach().cpu().double()
-        return dataclasses.replace(item, signal=_energy(signal), noise=_energy(noise))
+    def finish() -> Callable[[], Record]:
+        logits, other, seconds = run(f"batch {index}", started, reference, batch, (len(targets),), targets)
 
-    return measured
+        def measured() -> Record:
+            item = record(index, logits, targets, other, seconds, whole=False, keep=keep)
+            if other is None:
+                return item
+            signal = other.detach().cpu().double()
+            noise = signal - logits.detach().cpu().double()
+            return dataclasses.replace(item, signal=_energy(signal), noise=_energy(noise))
+
+        return measured
+
+    return finish
 
 
 def _energy(values: Tensor) -> float:

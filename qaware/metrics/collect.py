@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -27,6 +28,9 @@ from qaware.metrics.windows import describe
 
 Gather = Callable[[list[Any]], list[Any]]
 """Takes this rank's records and returns those of all ranks in one flat list, on every rank."""
+
+Started = Callable[[], tuple[Any, float]]
+"""Waits for what a model gives, and tells the wall seconds that it took."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class Record:
     """Of a classifier: sum of the squares of the reference's logits; None without a reference."""
     noise: float | None = None
     """Of a classifier: sum of the squares of the differences from them."""
+
+
+_Begun = Callable[[], Callable[[], Record]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Shard:
 
     def collect(
         self,
-        one: Callable[[int], Callable[[], Record]],
+        one: Callable[[int], _Begun],
         total: int,
         on_unit: Callable[[], None] | None,
         beside: bool = False,
@@ -84,16 +91,17 @@ class Shard:
         A unit that fails on one rank fails on every rank. Otherwise the others would wait for it in gather.
 
         Args:
-            one: runs a unit and returns what measures its logits.
+            one: starts a unit; what it returns waits for the logits, and returns what measures them.
             total: number of units.
             on_unit: called after each.
-            beside: measure a unit while the next one runs, which pays where another process runs it.
+            beside: start a unit before the one before it has run, and measure it while the next one runs;
+                for a model in a process of its own.
         """
         done: list[Record | _Failure] = []
         mine: Exception | None = None
         units = range(self.rank, total, self.world)
         try:
-            for found in _one_behind(one, units) if beside else (one(index)() for index in units):
+            for found in _one_behind(one, units) if beside else (one(index)()() for index in units):
                 done.append(found)
                 if on_unit is not None:
                     on_unit()
@@ -118,13 +126,25 @@ class Shard:
         return list(chain.from_iterable(parts))
 
 
-def _one_behind(one: Callable[[int], Callable[[], Record]], units: Iterable[int]) -> Iterator[Record]:
+def _one_ahead(one: Callable[[int], _Begun], units: Iterable[int]) -> Iterator[_Begun]:
+    """Each of ``units``, started, when the next one is too: who runs them need not wait for us."""
+    before: _Begun | None = None
+    for index in units:
+        now = one(index)
+        if before is not None:
+            yield before
+        before = now
+    if before is not None:
+        yield before
+
+
+def _one_behind(one: Callable[[int], _Begun], units: Iterable[int]) -> Iterator[Record]:
     """The records of ``units``, each measured in a thread while the next unit runs."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future[Record]] = deque()
-        for index in units:
+        for begun in _one_ahead(one, units):
             try:
-                waiting.append(pool.submit(one(index)))
+                waiting.append(pool.submit(begun()))
             except Exception:
                 # An earlier unit that fails is the one to be told of.
                 yield from (future.result() for future in waiting)
@@ -136,12 +156,31 @@ def _one_behind(one: Callable[[int], Callable[[], Record]], units: Iterable[int]
 
 def computes_elsewhere(predict: Callable[..., Any]) -> bool:
     """Whether a model runs in a process of its own, so that this one has time while it runs."""
-    return bool(getattr(predict, "elsewhere", False))
+    return hasattr(predict, "submit")
+
+
+def start(predict: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Started:
+    """Start a model that runs in a process of its own, see
+    :meth:`qaware.exporters.isolated.IsolatedRunner.submit`; others run when the result is asked for.
+
+    It gets copies of ``inputs``: a runtime that writes into its input would change the data for the next.
+    """
+    if not computes_elsewhere(predict):
+        return partial(_timed, predict, inputs)
+    try:
+        answer = predict.submit(*(tensor.clone() for tensor in inputs))  # type: ignore[attr-defined]
+    except Exception as error:  # is for this unit's turn to tell, and the one before has not had its own
+        return partial(_raise, error)
+    return lambda: (answer.get(), answer.seconds)
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def run(
     label: str,
-    predict: Callable[..., Any],
+    started: Started,
     reference: Callable[..., Any] | None,
     inputs: tuple[Tensor, ...],
     leading: tuple[int, ...],
@@ -149,11 +188,9 @@ def run(
 ) -> tuple[Tensor, Tensor | None, float]:
     """Logits (*leading, V) of the model and of the reference, if any, and the model's wall seconds.
 
-    Both get copies of ``inputs``: a runtime that writes into its input would change the data for the next.
-
     Raises QawareError that starts with ``label`` for logits that cannot be scored.
     """
-    logits, seconds = _timed(predict, inputs)
+    logits, seconds = started()
     _check_logits(label, logits, leading, targets)
     if reference is None:
         return logits, None, seconds

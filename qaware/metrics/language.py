@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from qaware.metrics.collect import Gather, Record, Shard, add_up, computes_elsewhere, record, run
+from qaware.metrics.collect import Gather, Record, Shard, add_up, computes_elsewhere, record, run, start
 from qaware.metrics.hub import compute_extra, load_extra
 from qaware.metrics.nats import perplexity
 from qaware.metrics.score import Score
@@ -48,7 +48,7 @@ def score_language(
     shard = Shard(rank, world, gather)
     metrics = load_extra(extra)  # before the model runs: a misspelled name must not cost an hour
 
-    def one(index: int) -> Callable[[], Record]:
+    def one(index: int) -> Callable[[], Callable[[], Record]]:
         return _score_window(predict, reference, windows, index, keep=bool(metrics))
 
     records = shard.collect(one, len(windows.ids), on_window, computes_elsewhere(predict))
@@ -64,16 +64,20 @@ def score_language(
 
 def _score_window(
     predict: Predict, reference: Predict | None, windows: Windows, index: int, *, keep: bool
-) -> Callable[[], Record]:
-    """Run a window; what measures its logits."""
+) -> Callable[[], Callable[[], Record]]:
+    """Start a window; what waits for its logits and returns what measures them."""
     ids, first = windows.ids[index], windows.first[index]
     targets, rows = ids[first:], slice(first - 1, len(ids) - 1)
-    logits, other, seconds = run(
-        f"window {index}", predict, reference, (ids.unsqueeze(0),), (1, len(ids)), targets
-    )
-    float_rows = None if other is None else other[0, rows]
-    measured = (index, logits[0, rows], targets, float_rows, seconds)
-    return functools.partial(record, *measured, whole=True, keep=keep)
+    inputs = (ids.unsqueeze(0),)
+    started = start(predict, inputs)
+
+    def finish() -> Callable[[], Record]:
+        logits, other, seconds = run(f"window {index}", started, reference, inputs, (1, len(ids)), targets)
+        float_rows = None if other is None else other[0, rows]
+        measured = (index, logits[0, rows], targets, float_rows, seconds)
+        return functools.partial(record, *measured, whole=True, keep=keep)
+
+    return finish
 
 
 def _targets(windows: Windows) -> list[int]:

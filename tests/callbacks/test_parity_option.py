@@ -73,5 +73,5 @@ def test_every_door_refuses_an_unknown_level() -> None:
         assert callback("float16", parity="super").parity == "super"
         with pytest.raises(QawareError, match=r"^parity: 'loose' is not one of default, exact"):
             callback("float16", parity="loose")
-    with pytest.raises(QawareError, match=r"^parity: 'loose'"):
+    with pytest.raises(QawareError, match=r"^quantize\[0\]: parity: 'loose'"):
         Experiment("x", {}, {}, [Quantize("float16", parity="loose")])

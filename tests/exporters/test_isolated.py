@@ -187,3 +187,38 @@ def test_a_runtime_that_is_killed_and_closed_twice(plugin: Path, tmp_path: Path)
             call(runner, 0, torch.zeros(4))
     runner.close()
     runner.close()
+
+
+def test_calls_that_are_started_before_their_turn(plugin: Path, tmp_path: Path) -> None:
+    with IsolatedRunner(artifact(tmp_path, "good")) as runner:
+        inputs = [
+            torch.full((size,), float(size)) for size in (3, 10**5, 10**5 - 1, 5, 2)
+        ]  # of both ways to travel
+        first, second, *others = (runner.submit(torch.tensor(5), x) for x in inputs)
+        assert torch.equal(second.get(), 2 * inputs[1])  # which receives the first too
+        for x, answer in zip((inputs[0], *inputs[2:]), (first, *others), strict=True):
+            assert torch.equal(answer.get(), 2 * x)
+            assert torch.equal(answer.get(), 2 * x)
+            assert 0 < answer.seconds < 60
+        assert sum(answer.seconds for answer in (first, second)) < 60
+
+
+def test_an_answer_that_nobody_asks_for_is_not_taken_for_another(plugin: Path, tmp_path: Path) -> None:
+    with IsolatedRunner(artifact(tmp_path, "good")) as runner:
+        broken = runner.submit(torch.tensor(1), torch.zeros(2))
+        assert torch.equal(call(runner, 0, torch.ones(3)), torch.ones(3))
+        with pytest.raises(QawareError, match="100 is outside 0 to 99"):
+            runner.submit(torch.tensor(100), torch.zeros(2))
+        with pytest.raises(QawareError, match="the model is of version 7"):
+            broken.get()
+
+
+def test_a_runtime_that_dies_with_a_call_waiting(plugin: Path, tmp_path: Path) -> None:
+    with IsolatedRunner(artifact(tmp_path, "good")) as runner:
+        answers = [runner.submit(torch.tensor(code), torch.zeros(2)) for code in (0, 2)]
+        assert answers[0].get().shape == (2,)
+        for _ in range(2):
+            with pytest.raises(RuntimeDiedError, match="SIGABRT"):
+                answers[1].get()
+        with pytest.raises(RuntimeDiedError, match="SIGABRT"):
+            call(runner, 0, torch.zeros(2))

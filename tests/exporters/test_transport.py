@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qaware.exporters.transport import SMALL, Area, receive, send
+from qaware.exporters.transport import SMALL, Area, Lane, receive, send
 
 ECHO = """
 import os, sys
@@ -118,3 +118,19 @@ def test_nothing_stays_open() -> None:
         child(np.ones(SMALL))
         child.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_two_messages_are_under_way() -> None:
+    there, pipe = Lane(), io.BytesIO()
+    here = Lane(*there.descriptors)
+    for turn in range(2):
+        pipe.seek(0)
+        for value in (1.0, 2.0):
+            send(pipe, there.next(), b"O", [np.full(SMALL + turn, value)])
+        pipe.seek(0)
+        for value in (1.0, 2.0):
+            found = receive(pipe, here.next())
+            assert found is not None
+            assert (found[1][0] == value).all()
+    there.close()
+    there.close()

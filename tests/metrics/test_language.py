@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,24 +278,40 @@ def test_two_models_pair_up():
 
 
 class Elsewhere:
-    """A model as a runner is one: its logits are measured while the next window runs."""
+    """A model as a runner is one: a window is started before the one before it was asked for, and logits are
+    measured while the next window runs."""
 
-    elsewhere = True
+    def __init__(self, predict, broken=None, refused=None):
+        self.predict, self.broken, self.refused = predict, broken, refused
+        self.started = self.asked = 0
+        self.most = 0
 
-    def __init__(self, predict, broken=None):
-        self.predict, self.broken, self.calls = predict, broken, 0
+    def submit(self, ids):
+        index, self.started = self.started, self.started + 1
+        self.most = max(self.most, self.started - self.asked)
+        if index == self.refused:
+            raise QawareError(f"input {index} is refused")
 
-    def __call__(self, ids):
-        self.calls += 1
-        logits = self.predict(ids)
-        return logits * float("nan") if self.calls - 1 == self.broken else logits
+        def get():
+            self.asked += 1
+            logits = self.predict(ids)
+            return logits * float("nan") if index == self.broken else logits
+
+        return SimpleNamespace(get=get, seconds=2.0)
 
 
 def test_a_runner_gets_the_same_score_and_the_same_error():
     text, seen, predict = random_windows(6), [], bigram(0)
-    found = score_language(Elsewhere(predict), text, on_window=lambda: seen.append(1))
+    runner = Elsewhere(predict)
+    found = score_language(runner, text, on_window=lambda: seen.append(1))
     assert exactly(found) == exactly(score_language(predict, text))
-    assert len(seen) == 6
+    assert (len(seen), runner.asked, runner.most) == (6, 6, 2)
+    assert found.seconds == 12
+    for refused in (0, 1, 5):
+        with pytest.raises(QawareError, match=f"input {refused} is refused"):
+            score_language(Elsewhere(predict, refused=refused), text)
+    with pytest.raises(QawareError, match=r"window 2: .* are NaN"):  # the first that fails
+        score_language(Elsewhere(predict, broken=2, refused=3), text)
     for broken in (0, 3, 5):
         with pytest.raises(QawareError, match=f"window {broken}: .* are NaN"):
             score_language(Elsewhere(predict, broken), text)
