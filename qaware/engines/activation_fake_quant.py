@@ -4,6 +4,8 @@ correction, and a static range that is calibrated by an observer, which torchao 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchao.quantization.granularity import PerToken
@@ -59,6 +61,7 @@ class StaticFakeQuantizer(nn.Module):
         super().__init__()
         self.enabled = True
         self.observer = KINDS[observer]()
+        self._last: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """Same shape and dtype as ``x``; unchanged until a range was observed. With ``relu`` that of
@@ -79,7 +82,7 @@ class StaticFakeQuantizer(nn.Module):
     def _rectified(self, x: Tensor) -> Tensor:
         if self.observer.observing and x.numel():
             # All that an observer of one pass looks at.
-            self.observer(torch.stack(torch.aminmax(x.detach())).relu())
+            self.observer.look_at_ends(*(end.relu() for end in torch.aminmax(x.detach())))
         if not self.observer.seen:
             return torch.relu(x)
         scale, zero_point = self.qparams()
@@ -109,10 +112,22 @@ class StaticFakeQuantizer(nn.Module):
                 "calibrate (PTQ) or train (QAT) before converting"
             )
         low, high = self.observer.range()
-        scale, zero_point = choose_qparams_affine_with_min_max(
-            low, high, MappingType.ASYMMETRIC, (), torch.int8, *INT8, zero_point_dtype=torch.int32
-        )
-        return scale, zero_point
+        if torch.compiler.is_compiling():
+            return _qparams(low, high)
+        # A range that has settled is that of the step before: two numbers instead of a dozen small tensors.
+        # What was made in inference mode is of no use to autograd.
+        ends = float(low), float(high), low.device, torch.is_inference_mode_enabled()
+        if self._last is None or self._last[0] != ends:
+            self._last = ends, _qparams(low, high)
+        return self._last[1]
+
+
+@torch.no_grad()
+def _qparams(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    scale, zero_point = choose_qparams_affine_with_min_max(
+        low, high, MappingType.ASYMMETRIC, (), torch.int8, *INT8, zero_point_dtype=torch.int32
+    )
+    return scale, zero_point
 
 
 def activation_fake_quantizer(scheme: Scheme) -> nn.Module | None:

@@ -69,9 +69,20 @@ class MinMaxObserver(nn.Module):
         batch that overflowed is passed over: mixed precision skips its step too, and an infinite range
         would stay.
         """
-        if self.observing and x.numel() and not _in_backward():
-            low, high = torch.aminmax(x.detach().float())
-            self._take(x, low, high, (high - low).isfinite())
+        if x.numel() and self._looks():
+            self._weigh(x, *torch.aminmax(x.detach().float()))
+
+    @torch.no_grad()
+    def look_at_ends(self, low: Tensor, high: Tensor) -> None:
+        """:meth:`forward` of a tensor with these extremes, float32 scalars; for one pass."""
+        if self._looks():
+            self._weigh(low, low, high)
+
+    def _looks(self) -> bool:
+        return self.observing and not _in_backward()
+
+    def _weigh(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        self._take(x, low, high, high - low < math.inf)  # not so for NaN either
 
     def _take(self, x: Tensor, low: Tensor, high: Tensor, finite: Tensor) -> None:
         self.min_val.copy_(torch.where(finite, torch.minimum(self.min_val, low), self.min_val))

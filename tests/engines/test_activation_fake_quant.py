@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -74,6 +76,28 @@ def test_a_static_range_by_hand() -> None:
     x = torch.tensor([-5.0, -1.0, -0.004, 0.0, 0.006, 1.55, 9.0])
     expected = torch.tensor([-1.0, -1.0, 0.0, 0.0, 0.01, 1.55, 1.55])
     torch.testing.assert_close(quantizer(x), expected)
+
+
+def test_scale_and_zero_point_follow_the_range() -> None:
+    quantizer = observed(-1.0, 1.55)
+    scale, zero = quantizer.qparams()
+    assert quantizer.qparams()[0] is scale  # a range that stays is looked at once
+    for low, high in ((-2.0, 1.55), (-2.0, 3.1), (-1.0, 1.55)):  # as averaging does, past the observer
+        quantizer.observer.min_val.fill_(low)
+        quantizer.observer.max_val.fill_(high)
+        for found, expected in zip(quantizer.qparams(), observed(low, high).qparams(), strict=True):
+            assert torch.equal(found, expected)
+    assert torch.equal(quantizer.qparams()[1], zero)
+
+
+def test_a_scale_of_inference_mode_is_not_trained_with() -> None:
+    quantizer = observed(-1.0, 1.0)
+    with torch.inference_mode():
+        quantizer(rows())
+    scale, zero = quantizer.qparams()
+    assert not scale.is_inference()
+    assert not zero.is_inference()
+    assert not copy.deepcopy(quantizer).qparams()[0].is_inference()
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.0, 2.0), (-2.0, -1.0)])
