@@ -50,7 +50,6 @@ class IsolatedRunner:
         self._sent, self._received = Lane(), Lane()
         shared = *self._sent.descriptors, *self._received.descriptors
         self._waiting: deque[Answer] = deque()
-        self._free = 0.0
         command = [sys.executable, "-m", "qaware.exporters.isolated", artifact.runtime, str(artifact.path)]
         self._child = subprocess.Popen(
             [*command, *map(str, shared)],
@@ -117,11 +116,10 @@ class IsolatedRunner:
         """Receive the answer to the first call that waits for one."""
         answer = self._waiting.popleft()
         try:
-            answer.found = torch.from_numpy(self._receive()[0])
+            found, seconds = self._receive()
+            answer.found, answer.seconds = torch.from_numpy(found), float(seconds)
         except QawareError as error:
             answer.error = error
-        now = time.perf_counter()
-        answer.seconds, self._free = now - max(answer.asked, self._free), now
 
     def close(self) -> None:
         """End the child; calling it again does nothing."""
@@ -167,10 +165,9 @@ class Answer:
     """That of one call, which runs meanwhile."""
 
     seconds: float
-    """Wall time of the call from when the child had nothing else to do, once it is there."""
+    """Wall time of the runtime, once it is there."""
 
     def __init__(self, runner: IsolatedRunner) -> None:
-        self.asked = time.perf_counter()
         self.found: Tensor | None = None
         self.error: QawareError | None = None
         self._runner = runner
@@ -224,14 +221,16 @@ def serve(runtime: str, path: Path, requested: Lane, replied: Lane) -> None:
     while (request := receive(requests, requested.next())) is not None:
         try:
             tensors = [torch.from_numpy(a) for a in request[1]]
+            began = time.perf_counter()
             with torch.no_grad():
                 asked = request[0] == _STEP
                 output = run.step(tensors[0], int(tensors[1])) if asked else run(*tensors)
                 found = output.float().contiguous().numpy()
+            seconds = np.array(time.perf_counter() - began)
         except Exception as error:
             send(replies, replied.next(), _ERROR, _text(_told(error)))
         else:
-            send(replies, replied.next(), _OK, [found])
+            send(replies, replied.next(), _OK, [found, seconds])
 
 
 def _opened(exporter: Any, path: Path, signature: Any) -> Any:
