@@ -1,20 +1,17 @@
 """Run an artifact in a process of its own, so that a dying runtime does not take the training run along.
 
-The child is ``python -m qaware.exporters.isolated RUNTIME PATH IN IN OUT OUT``. A plain command rather than
-``multiprocessing``: spawn would run the user's script again. Arrays travel through pipes and memory that
-both share (``transport.py``, nothing is pickled), whose descriptors are IN and OUT; what the runtime prints
-goes to stderr, whose end is quoted when it dies.
+The child is a plain command (``serving.py``) rather than one of ``multiprocessing``: spawn would run the
+user's script again. Arrays travel through pipes and memory that both share (``transport.py``, nothing is
+pickled); what the runtime prints goes to stderr, whose end is quoted when it dies.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +24,9 @@ from torch import Tensor
 from qaware.errors import QawareError, RuntimeDiedError
 from qaware.exporters.artifact import Artifact
 from qaware.exporters.decode import decode
+from qaware.exporters.serving import ERROR, OK, STEP
 from qaware.exporters.transport import Lane, receive, send
 
-_OK, _ERROR, _STEP = b"O", b"E", b"S"
 _UNDER_WAY = 2
 """Calls at a time: one that runs and one that waits. There is memory for as many."""
 
@@ -50,7 +47,7 @@ class IsolatedRunner:
         self._sent, self._received = Lane(), Lane()
         shared = *self._sent.descriptors, *self._received.descriptors
         self._waiting: deque[Answer] = deque()
-        command = [sys.executable, "-m", "qaware.exporters.isolated", artifact.runtime, str(artifact.path)]
+        command = [sys.executable, "-m", "qaware.exporters.serving", artifact.runtime, str(artifact.path)]
         self._child = subprocess.Popen(
             [*command, *map(str, shared)],
             stdin=subprocess.PIPE,
@@ -77,7 +74,7 @@ class IsolatedRunner:
             QawareError: an input is not legal.
         """
         self.artifact.signature.validate(tensors)
-        return self._ask(_OK, tensors)
+        return self._ask(OK, tensors)
 
     def step(self, input_ids: Tensor, start: int) -> Tensor:
         """Logits float32 (1, S, V) of the int64 ids (1, S) from ``start`` on, after those of earlier calls.
@@ -88,7 +85,7 @@ class IsolatedRunner:
         if not self.length:
             raise QawareError(f"{self.artifact.path.name}: has no key-value cache; {_why(self.artifact)}")
         self.artifact.signature.validate([input_ids])
-        return self._ask(_STEP, [input_ids, torch.tensor(start)]).get()
+        return self._ask(STEP, [input_ids, torch.tensor(start)]).get()
 
     def generate(self, input_ids: Tensor, max_new_tokens: int = 64, **options: Any) -> Tensor:
         """The prompt and the tokens that follow it, int64 (1, T + n); see :func:`qaware.exporters.decode`.
@@ -144,7 +141,7 @@ class IsolatedRunner:
         if reply is None:
             raise self._died()
         status, arrays = reply
-        if status == _ERROR:
+        if status == ERROR:
             raise QawareError(
                 f"{self.artifact.path.name} on {self.artifact.runtime}: {bytes(arrays[0]).decode()}"
             )
@@ -198,57 +195,3 @@ def open_artifact(path: str | Path) -> IsolatedRunner:
 def _why(artifact: Artifact) -> str:
     notes = [note for note in artifact.notes if "key-value cache" in note]
     return notes[0] if notes else "only models with step(input_ids, positions, cache) are exported with one"
-
-
-def _text(message: str) -> list[np.ndarray]:
-    return [np.frombuffer(message.encode(), dtype=np.uint8)]
-
-
-def serve(runtime: str, path: Path, requested: Lane, replied: Lane) -> None:
-    """The child's loop: load, say so, then answer calls until stdin closes."""
-    from qaware.exporters import get_exporter
-
-    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the runtime prints must not mix with the replies
-    try:
-        signature = Artifact.open(path).signature
-        run: Any = _opened(get_exporter(runtime), path, signature)
-        sizes = [getattr(run, "length", 0), getattr(run, "most", signature.longest)]
-        send(replies, replied.next(), _OK, [np.array(sizes, dtype=np.int64)])
-    except Exception as error:
-        send(replies, replied.next(), _ERROR, _text(f"cannot be loaded: {_told(error)}"))
-        return
-    while (request := receive(requests, requested.next())) is not None:
-        try:
-            tensors = [torch.from_numpy(a) for a in request[1]]
-            began = time.perf_counter()
-            with torch.no_grad():
-                asked = request[0] == _STEP
-                output = run.step(tensors[0], int(tensors[1])) if asked else run(*tensors)
-                found = output.float().contiguous().numpy()
-            seconds = np.array(time.perf_counter() - began)
-        except Exception as error:
-            send(replies, replied.next(), _ERROR, _text(_told(error)))
-        else:
-            send(replies, replied.next(), _OK, [found, seconds])
-
-
-def _opened(exporter: Any, path: Path, signature: Any) -> Any:
-    from qaware.exporters.base import Exporter
-
-    # Its packages; what exporting needs more, a compiler, is not asked for.
-    if problem := Exporter.missing(exporter):
-        raise QawareError(problem)
-    return exporter.open(path, signature)
-
-
-def _told(error: Exception) -> str:
-    """One line; what qaware says itself needs no type."""
-    from qaware.exporters.base import first_line
-
-    return str(error) if isinstance(error, QawareError) else first_line(error)
-
-
-if __name__ == "__main__":
-    numbers = [int(text) for text in sys.argv[3:]]
-    serve(sys.argv[1], Path(sys.argv[2]), Lane(*numbers[:2]), Lane(*numbers[2:]))
