@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ import qaware
 from benchmarks.growth_steps import EXPORTED, Shape, language_model, recipe, task_of, texts
 from benchmarks.rows import Row
 from benchmarks.timing import interleaved, speedup
+from benchmarks.workers import POOLS
 from qaware.exporters import get_exporter
 from qaware.exporters.isolated import IsolatedRunner
 from qaware.rounding.rounder import Rounder
@@ -51,7 +53,9 @@ def runner(shape: Shape, name: str, runtime: str, folder: Path, seconds: float) 
         exporter.open(artifact.path, artifact.signature),
         [i.unsqueeze(0) for i in task.windows.ids],
     )
-    with IsolatedRunner(artifact) as isolated:
+    # Its process would take all cores, which this one leaves it.
+    one = mock.patch.dict(os.environ, dict.fromkeys(POOLS, "1"))
+    with one, IsolatedRunner(artifact) as isolated:
         blocks: dict[str, Callable[[int], tuple[float, float]]] = {
             "bare": lambda count: _timed(lambda: _each(bare, inputs), count),
             "called": lambda count: _timed(lambda: _each(isolated, inputs), count),

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+"""What tells a process how many threads its pools have."""
 
 
 class WorkerError(RuntimeError):
@@ -29,7 +30,7 @@ class Child:
         """
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, **dict.fromkeys(_POOLS, str(threads))}
+        environment = {**os.environ, **dict.fromkeys(POOLS, str(threads))}
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.worker"],

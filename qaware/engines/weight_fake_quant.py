@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
-from torchao.quantization.quant_primitives import choose_qparams_affine
+from torchao.quantization.quant_primitives import choose_qparams_affine_with_min_max
 
 from qaware.engines.frozen import Kept
 from qaware.engines.levels import fake_quantize, own_scale, quantize, rounding_range, soften
@@ -172,17 +172,24 @@ class WeightFakeQuantizer(Marked, IntxFakeQuantizer):
             rows = x.reshape(1, -1) if self.scheme.per_tensor else x
             scale = self.legal(own_scale(rows, self.scheme)).expand(len(x), -1)
             return scale, torch.zeros_like(scale, dtype=torch.int32)
-        # A row of one weight is taken twice: where a block is (1, 1) torchao finds one range for all rows.
-        rows = x.expand(-1, 2) if x.shape[1] == 1 else x
-        block = tuple(rows.shape) if self.scheme.per_tensor else (1, self.scheme.block(rows.shape[1]))
-        scale, zero_point = choose_qparams_affine(
-            rows, config.mapping_type, block, torch.int8, *self.integers, config.eps, config.scale_precision
+        blocks = x.detach().reshape(
+            (1, 1, -1) if self.scheme.per_tensor else (len(x), -1, self.scheme.block(x.shape[1]))
         )
-        if self.narrow:
-            scale = _not_dead(scale)
-        if self.scheme.per_tensor:  # the same one for every row
-            return scale.reshape(1, 1).expand(len(x), 1), zero_point.reshape(1, 1).expand(len(x), 1)
-        return scale.reshape(len(x), -1), zero_point.reshape(len(x), -1)
+        with torch.no_grad():
+            # torchao's arithmetic without its operator, which takes longer than all that it calls.
+            scale, zero_point = choose_qparams_affine_with_min_max(
+                blocks.amin(-1),
+                blocks.amax(-1),
+                config.mapping_type,
+                (),
+                torch.int8,
+                *self.integers,
+                config.eps,
+                config.scale_precision,
+                torch.int32,
+            )
+        scale = _not_dead(scale) if self.narrow else scale
+        return scale.expand(len(x), -1), zero_point.expand(len(x), -1)
 
     def legal(self, scale: Tensor) -> Tensor:
         """``scale`` in the precision that ships, neither zero nor too small for the kernels."""
