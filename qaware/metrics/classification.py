@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from qaware.errors import QawareError
-from qaware.metrics.collect import Gather, Record, Shard, add_up, computes_elsewhere, record, run, start
+from qaware.metrics.collect import (
+    Begun,
+    Gather,
+    Record,
+    Shard,
+    add_up,
+    computes_elsewhere,
+    record,
+    run,
+    start,
+)
 from qaware.metrics.hub import compute_extra, load_extra
 from qaware.metrics.score import Score
 from qaware.metrics.windows import data_hash, describe
@@ -49,7 +59,7 @@ def score_classification(
     _check(inputs, labels)
     metrics = load_extra(extra)
 
-    def one(index: int) -> Callable[[], Callable[[], Record]]:
+    def one(index: int) -> Begun:
         return _score_batch(predict, reference, inputs[index], labels[index], index, keep=bool(metrics))
 
     records = shard.collect(one, len(inputs), on_batch, computes_elsewhere(predict))
@@ -69,7 +79,7 @@ def _score_batch(
     index: int,
     *,
     keep: bool,
-) -> Callable[[], Callable[[], Record]]:
+) -> Begun:
     """Start a batch; what waits for its logits and returns what measures them."""
     targets = labels.long()
     started = start(predict, batch)

@@ -52,7 +52,8 @@ class Record:
     """Of a classifier: sum of the squares of the differences from them."""
 
 
-_Begun = Callable[[], Callable[[], Record]]
+Begun = Callable[[], Callable[[], Record]]
+"""Waits for the logits of a unit that was started, and returns what measures them."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Shard:
 
     def collect(
         self,
-        one: Callable[[int], _Begun],
+        one: Callable[[int], Begun],
         total: int,
         on_unit: Callable[[], None] | None,
         beside: bool = False,
@@ -126,9 +127,9 @@ class Shard:
         return list(chain.from_iterable(parts))
 
 
-def _one_ahead(one: Callable[[int], _Begun], units: Iterable[int]) -> Iterator[_Begun]:
+def _one_ahead(one: Callable[[int], Begun], units: Iterable[int]) -> Iterator[Begun]:
     """Each of ``units``, started, when the next one is too: who runs them need not wait for us."""
-    before: _Begun | None = None
+    before: Begun | None = None
     for index in units:
         now = one(index)
         if before is not None:
@@ -138,7 +139,7 @@ def _one_ahead(one: Callable[[int], _Begun], units: Iterable[int]) -> Iterator[_
         yield before
 
 
-def _one_behind(one: Callable[[int], _Begun], units: Iterable[int]) -> Iterator[Record]:
+def _one_behind(one: Callable[[int], Begun], units: Iterable[int]) -> Iterator[Record]:
     """The records of ``units``, each measured in a thread while the next unit runs."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future[Record]] = deque()

@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from qaware.metrics.collect import Gather, Record, Shard, add_up, computes_elsewhere, record, run, start
+from qaware.metrics.collect import (
+    Begun,
+    Gather,
+    Record,
+    Shard,
+    add_up,
+    computes_elsewhere,
+    record,
+    run,
+    start,
+)
 from qaware.metrics.hub import compute_extra, load_extra
 from qaware.metrics.nats import perplexity
 from qaware.metrics.score import Score
@@ -48,7 +58,7 @@ def score_language(
     shard = Shard(rank, world, gather)
     metrics = load_extra(extra)  # before the model runs: a misspelled name must not cost an hour
 
-    def one(index: int) -> Callable[[], Callable[[], Record]]:
+    def one(index: int) -> Begun:
         return _score_window(predict, reference, windows, index, keep=bool(metrics))
 
     records = shard.collect(one, len(windows.ids), on_window, computes_elsewhere(predict))
@@ -64,7 +74,7 @@ def score_language(
 
 def _score_window(
     predict: Predict, reference: Predict | None, windows: Windows, index: int, *, keep: bool
-) -> Callable[[], Callable[[], Record]]:
+) -> Begun:
     """Start a window; what waits for its logits and returns what measures them."""
     ids, first = windows.ids[index], windows.first[index]
     targets, rows = ids[first:], slice(first - 1, len(ids) - 1)
